@@ -1,0 +1,157 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""One QMP connection, with a deadline on everything.
+
+qemu.qmp has no time-outs of its own, and a monitor that another client holds accepts a
+connection and then stays silent. Private to the collection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import typing as t
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+
+if t.TYPE_CHECKING:
+    from qemu.qmp import EventListener, QMPClient
+
+Event = t.Mapping[str, t.Any]
+
+# Seconds that a QEMU gets to greet a new client; a healthy one needs milliseconds.
+CONNECT_TIMEOUT = 5.0
+# Seconds that a QEMU gets for one command; all that are used here answer at once.
+COMMAND_TIMEOUT = 10.0
+
+
+class Monitor:
+    """An open QMP connection. Use `connect` or `adopt` to get one."""
+
+    def __init__(self, client: QMPClient, where: str) -> None:
+        self._client = client
+        self.where = where
+
+    @classmethod
+    async def connect(cls, path: str, timeout: float = CONNECT_TIMEOUT) -> Monitor:
+        """Connect to a QMP monitor at a UNIX socket.
+
+        :param path: where the socket lies.
+        :param timeout: seconds until it must have greeted us.
+        :raises CprError: ``monitor-busy`` if it accepts us and stays silent;
+            ``monitor-unreachable`` if nobody listens there or it isn't QMP.
+        """
+        return await cls._open(path, path, timeout)
+
+    @classmethod
+    async def adopt(cls, connection: socket.socket, where: str, timeout: float = CONNECT_TIMEOUT) -> Monitor:
+        """Use a socket that is connected to a QEMU already.
+
+        :param where: how to call it in a message.
+        :raises CprError: as `connect`.
+        """
+        return await cls._open(connection, where, timeout)
+
+    @classmethod
+    async def _open(cls, address: str | socket.socket, where: str, timeout: float) -> Monitor:
+        from qemu.qmp import QMPClient, QMPError
+
+        client = QMPClient()
+        try:
+            await asyncio.wait_for(client.connect(address), timeout)
+        except asyncio.TimeoutError:
+            raise CprError(
+                "monitor-busy",
+                f"The QMP monitor at {where} accepted the connection but did not answer within {timeout:g} s:"
+                " another client holds it.",
+                f"Find it with `ss -xp | grep {where}` and stop it, or give the guest a second -qmp socket.",
+            ) from None
+        except (QMPError, OSError, EOFError) as error:
+            raise CprError(
+                "monitor-unreachable",
+                f"Nothing answers at the QMP monitor {where}: {error}.",
+                "Check that the socket is still there and that the task runs as a user that may open it (become).",
+            ) from error
+        return cls(client, where)
+
+    async def execute(
+        self, command: str, arguments: t.Mapping[str, t.Any] | None = None, timeout: float = COMMAND_TIMEOUT
+    ) -> t.Any:
+        """Execute one QMP command and return what it returns.
+
+        :param timeout: seconds until QEMU must have answered.
+        :raises CprError: ``qmp-error`` with QEMU's own words if it refuses;
+            ``qmp-timeout`` if it doesn't answer; ``monitor-lost`` if the connection ends.
+        """
+        from qemu.qmp import ExecuteError, QMPError
+
+        try:
+            return await asyncio.wait_for(self._client.execute(command, arguments), timeout)
+        except asyncio.TimeoutError:
+            raise CprError(
+                "qmp-timeout",
+                f"QEMU did not answer {command} at {self.where} within {timeout:g} s.",
+                "The process hangs or is stopped; see its state in /proc/PID/status.",
+            ) from None
+        except ExecuteError as error:
+            raise CprError(
+                "qmp-error",
+                f"QEMU refused {command}: {error.error.desc}.",
+                qemu_class=error.error.class_,
+                qemu_description=error.error.desc,
+            ) from error
+        except (QMPError, OSError, EOFError) as error:
+            raise CprError(
+                "monitor-lost",
+                f"The connection to the QMP monitor at {self.where} ended during {command}.",
+                "QEMU exited, or somebody cut the connection.",
+            ) from error
+
+    @contextlib.contextmanager
+    def events(self, *names: str) -> t.Iterator[EventListener]:
+        """Collect the events of these names from now on."""
+        with self._client.listener(names) as listener:
+            yield listener
+
+    async def next_event(self, listener: EventListener) -> Event:
+        """The next event of a listener.
+
+        Sets no deadline of its own; wrap it in one.
+
+        :raises CprError: ``monitor-lost`` if the connection ends before one comes.
+        """
+        from qemu.qmp import Runstate
+
+        if not listener.empty():
+            return await listener.get()
+        waiting = asyncio.ensure_future(listener.get())
+        # A listener alone would wait for ever behind a connection that has ended.
+        ending = asyncio.ensure_future(self._client.runstate_changed())
+        try:
+            if self._client.runstate == Runstate.RUNNING:
+                await asyncio.wait({waiting, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if waiting.done():
+                return waiting.result()
+        finally:
+            waiting.cancel()
+            ending.cancel()
+        raise CprError(
+            "monitor-lost",
+            f"The connection to the QMP monitor at {self.where} ended.",
+            "QEMU exited, or somebody cut the connection.",
+        )
+
+    async def close(self) -> None:
+        """Close the connection; a QEMU that is gone already is no error."""
+        from qemu.qmp import QMPError
+
+        with contextlib.suppress(QMPError, OSError, EOFError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._client.disconnect(), CONNECT_TIMEOUT)
+
+    async def __aenter__(self) -> Monitor:
+        return self
+
+    async def __aexit__(self, *dummy: object) -> None:
+        await self.close()

@@ -1,0 +1,74 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What runs on a host: the facts of its guests. Changes nothing.
+
+Private to the collection.
+"""
+
+from __future__ import annotations
+
+import typing as t
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils import guests, process, qemu_binary, readiness
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import preflight
+from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import Outcome, Task
+
+
+async def inspect_all(task: Task) -> list[Outcome]:
+    """Look at the guests that were named, or at all that run here.
+
+    :raises CprError: as `qemu_binary.probe` where a binary was given, and as
+        `guests.select`.
+    """
+    path = task.parameters["qemu_binary"]
+    binary = await qemu_binary.probe(path) if path else None
+    found = guests.by_name(process.find(), task.journal)
+    names = task.guests or sorted(name for name in found if name)
+    selected = guests.select(names, found)
+    offers = qemu_binary.Offers()
+
+    async def one(name: str) -> Outcome:
+        inspection = await preflight.inspect(selected[name], offers)
+        update = task.journal.load(name)
+        return Outcome(name, False, _sentence(inspection), update, extra=_facts(inspection, binary))
+
+    return await task.for_each(names, "preflight", one)
+
+
+def _facts(inspection: preflight.Inspection, binary: qemu_binary.Binary | None) -> dict[str, t.Any]:
+    qemu, seen = inspection.process, inspection.observation
+
+    def as_dicts(blockers: t.Iterable[CprError]) -> list[dict[str, str]]:
+        return [{"code": item.code, "message": item.message, "hint": item.hint} for item in blockers]
+
+    modes = {}
+    for mode in readiness.MODES:
+        blockers = inspection.blockers_of(mode)
+        modes[mode] = {"ready": not blockers, "blockers": as_dicts(blockers)}
+    facts: dict[str, t.Any] = {
+        "pid": qemu.identity.pid,
+        "binary": qemu.executable,
+        "binary_on_disk": qemu.on_disk,
+        "monitor": inspection.monitor,
+        "version": seen.offer.version_text if seen else None,
+        "architecture": seen.offer.architecture if seen else None,
+        "machine_type": seen.machine_type if seen else None,
+        "run_state": seen.run_state if seen else None,
+        "modes": modes,
+    }
+    if binary:
+        blockers = inspection.blockers_for(binary)
+        facts["up_to_date"] = qemu.executable_id == binary.executable_id
+        facts["wanted_version"] = binary.offer.version_text
+        facts["update_blockers"] = [] if facts["up_to_date"] else as_dicts(blockers)
+    return facts
+
+
+def _sentence(inspection: preflight.Inspection) -> str:
+    seen = inspection.observation
+    if seen is None:
+        return str(inspection.blockers[-1])
+    ready = [mode for mode in readiness.MODES if not inspection.blockers_of(mode)]
+    return f"The guest is {seen.run_state} on QEMU {seen.offer.version_text}, ready for {', '.join(ready) or 'no mode'}."

@@ -1,0 +1,225 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Starts the new QEMU, which then waits for the CPR state.
+
+Private to the collection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import time
+import typing as t
+from dataclasses import dataclass
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils import (
+    command_line,
+    guests,
+    handshake,
+    journal,
+    launcher,
+    new_command_line,
+    process,
+    qemu_binary,
+)
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, preflight
+from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import Outcome, Task
+
+# Seconds between two looks for the socket: it is there some 50 ms after the start.
+_POLL = 0.005
+
+
+@dataclass
+class Plan:
+    """A launch that nothing stands in the way of."""
+
+    inspection: preflight.Inspection
+    binary: qemu_binary.Binary
+    update: journal.Update
+    command: new_command_line.NewCommandLine
+
+    @property
+    def arguments(self) -> list[str]:
+        """The new QEMU's command line, its ``argv[0]`` left out."""
+        return command_line.write(self.command.arguments)
+
+    def diff(self) -> dict[str, str]:
+        """Both command lines, secrets hidden, a word a line."""
+        old = self.inspection.process
+        before = [old.executable, *command_line.masked_words(old.options)]
+        after = [self.binary.path, *command_line.masked_words(self.command.arguments)]
+        return {
+            "before_header": f"{self.update.guest} (running)",
+            "after_header": f"{self.update.guest} (new)",
+            "before": "\n".join(before) + "\n",
+            "after": "\n".join(after) + "\n",
+        }
+
+
+async def launch_all(task: Task) -> list[Outcome]:
+    """Check every guest, and only if all can be updated start a new QEMU for each.
+
+    The guests run on their old QEMUs, before and after. A guest that runs this very binary
+    already is left alone.
+
+    :raises CprError: for what concerns all: the binary (`qemu_binary.probe`) or the names
+        (`guests.select`).
+    """
+    binary = await qemu_binary.probe(task.parameters["qemu_binary"])
+    found = guests.select(task.guests, guests.by_name(process.find(), task.journal))
+    offers = qemu_binary.Offers()
+    plans: dict[str, Plan] = {}
+
+    async def check(name: str) -> Outcome:
+        if found[name].executable_id == binary.executable_id:
+            return Outcome(name, False, f"The guest runs on {binary.path} already.")
+        with _locked(task, name):
+            inspection = await preflight.inspect(found[name], offers)
+            for blocker in inspection.blockers_for(binary):
+                raise blocker
+            plans[name] = _plan(task.journal, name, inspection, binary)
+        return Outcome(name, True, "The new QEMU would be started.", diff=plans[name].diff())
+
+    async def start(name: str) -> Outcome:
+        with task.journal.lock(name):
+            await launch(plans[name], timeout=task.timeout)
+        message = f"QEMU {binary.offer.version_text} waits for the guest's CPR state."
+        return Outcome(name, True, message, plans[name].update, diff=plans[name].diff())
+
+    checked = await task.for_each(task.guests, "preflight", check)
+    if task.check_mode:
+        return checked
+    if any(outcome.error for outcome in checked):
+        # Nothing was started, for nobody.
+        return [Outcome(item.guest, False, item.message, error=item.error) for item in checked]
+    started = {item.guest: item for item in await task.for_each(plans, "launch", start)}
+    return [started.get(item.guest, item) for item in checked]
+
+
+@contextlib.contextmanager
+def _locked(task: Task, name: str) -> t.Iterator[None]:
+    """The guest's lock; check mode writes nothing, not even that."""
+    if task.check_mode:
+        yield
+    else:
+        with task.journal.lock(name):
+            yield
+
+
+def _plan(
+    records: journal.Journal, name: str, inspection: preflight.Inspection, binary: qemu_binary.Binary
+) -> Plan:
+    earlier = records.load(name)
+    if earlier and earlier.phase not in (None, journal.FINISHED, journal.ROLLED_BACK):
+        raise CprError(
+            "update-unfinished",
+            f"An earlier update of this guest is not finished (phase {earlier.phase}).",
+            "Undo it with vmfleet.cpr.guest_rollback, or finish it with vmfleet.cpr.guest_resume"
+            " if the guest is on the new QEMU already; the role live_update does either.",
+        )
+    old = inspection.process
+    observation = t.cast("t.Any", inspection.observation)
+    update = journal.Update(guest=name, directory=records.path(name))
+    update.generation = new_command_line.generation_of(old.options) + 1
+    command = new_command_line.make(
+        old.options,
+        machine_type=observation.machine_type,
+        cpr_socket=update.cpr_socket,
+    )
+    if len(update.main_socket.encode()) > new_command_line.SOCKET_PATH_LIMIT:
+        raise CprError(
+            "socket-path-too-long",
+            f"The migration sockets in {update.channels} would have too long a path for a UNIX socket.",
+            "Give the collection a shorter state_directory.",
+        )
+    update.machine_type = observation.machine_type
+    update.run_state = observation.run_state
+    update.renames = [(old.path(temporary), old.path(stable)) for temporary, stable in command.renames]
+    update.capabilities = handshake.agree_capabilities(observation.offer, binary.offer)
+    monitor = t.cast(str, inspection.monitor)
+    update.old = journal.Qemu(
+        pid=old.identity.pid,
+        start_time=old.identity.start_time,
+        executable=old.executable,
+        version=observation.offer.version_text,
+        monitor=monitor,
+    )
+    update.new = journal.Qemu(
+        pid=0,
+        start_time=0,
+        executable=binary.path,
+        version=binary.offer.version_text,
+        monitor=next(temporary for temporary, stable in update.renames if stable == monitor),
+    )
+    return Plan(inspection, binary, update, command)
+
+
+async def launch(plan: Plan, *, timeout: float) -> None:
+    """Start the new QEMU and wait until it listens for the CPR state; the guest runs on.
+
+    It creates no device and answers no monitor before it has that state, so its socket is
+    all that can be waited for.
+
+    :param timeout: seconds until it must listen.
+    :raises CprError: ``new-qemu-exited`` with the end of its standard error;
+        ``new-qemu-silent``. The new QEMU is then gone.
+    """
+    update = plan.update
+    started = time.monotonic()
+    surroundings = process.surroundings(plan.inspection.process.identity.pid)
+    _make_channels(update, surroundings)
+    update.enter(journal.LAUNCHING)
+    identity = launcher.start(plan.binary.path, plan.arguments, surroundings, update.log)
+    assert update.new is not None
+    update.new.pid, update.new.start_time = identity.pid, identity.start_time
+    update.enter(journal.LAUNCHING)
+    with process.Watch(identity) as watch:
+        try:
+            await _wait_until_listening(update, watch, timeout)
+        except BaseException:
+            await watch.kill()
+            shutil.rmtree(update.channels, ignore_errors=True)
+            update.enter(journal.ROLLED_BACK)
+            raise
+    update.took("launch", started)
+    update.enter(journal.LAUNCHED)
+
+
+def _make_channels(update: journal.Update, surroundings: process.Surroundings) -> None:
+    """An empty directory that only the new QEMU's user can enter."""
+    os.makedirs(update.directory, mode=0o711, exist_ok=True)
+    shutil.rmtree(update.channels, ignore_errors=True)
+    os.mkdir(update.channels, mode=0o700)
+    if os.geteuid() == 0:
+        os.chown(update.channels, surroundings.user, surroundings.group)
+    for leftover in [update.log, *(temporary for temporary, dummy in update.renames)]:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(leftover)
+
+
+async def _wait_until_listening(update: journal.Update, watch: process.Watch, timeout: float) -> None:
+    path = update.cpr_socket
+    deadline = time.monotonic() + timeout
+    while not _is_listening(path):
+        if time.monotonic() > deadline:
+            raise CprError(
+                "new-qemu-silent",
+                f"The new QEMU did not listen for the CPR state within {timeout:g} s.",
+                "Give it more time (timeout), or see why the host is slow.",
+            )
+        if await watch.wait(_POLL):
+            raise failures.new_qemu_exited(update)
+
+
+def _is_listening(path: str) -> bool:
+    """Whether a process listens at this path; the file alone is there a moment earlier."""
+    if not os.path.exists(path):
+        return False
+    with open(f"{process.PROC}/net/unix", encoding="utf-8", errors="surrogateescape") as stream:
+        # Flags 00010000 is __SO_ACCEPTCON (proc_net_unix in net/unix/af_unix.c).
+        return any(line.rstrip("\n").endswith(" " + path) and line.split()[3] == "00010000" for line in stream)

@@ -1,0 +1,96 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Looks at guests and judges them. Touches none.
+
+Private to the collection.
+"""
+
+from __future__ import annotations
+
+import typing as t
+from dataclasses import dataclass, field
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils import guests, new_command_line, process, readiness
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
+from ansible_collections.vmfleet.cpr.plugins.module_utils.process import QemuProcess
+from ansible_collections.vmfleet.cpr.plugins.module_utils.qemu_binary import Binary, Offers
+
+
+@dataclass
+class Inspection:
+    """A guest as it was found.
+
+    :ivar monitor: the path at which its monitor answered, or None.
+    :ivar observation: what the monitor said, or None where it didn't answer.
+    :ivar blockers: what stands in the way, whatever the mode.
+    """
+
+    process: QemuProcess
+    monitor: str | None = None
+    observation: readiness.Observation | None = None
+    blockers: list[CprError] = field(default_factory=list)
+
+    def blockers_of(self, mode: str) -> list[CprError]:
+        """All that stands between the guest and a mode."""
+        judged = readiness.blockers(self.observation, mode) if self.observation else []
+        return [*self.blockers, *judged]
+
+    def blockers_for(self, binary: Binary) -> list[CprError]:
+        """All that stands between the guest and a cpr-transfer to this binary."""
+        fitting = readiness.binary_blockers(self.observation, binary) if self.observation else []
+        return [*self.blockers_of("cpr-transfer"), *fitting]
+
+
+async def inspect(qemu: QemuProcess, offers: Offers) -> Inspection:
+    """Look at a guest's process and ask its monitor. The guest is as before.
+
+    What can't be found out is a blocker, not an exception.
+
+    :param offers: shared by all guests of a task.
+    """
+    inspection = Inspection(qemu)
+    try:
+        new_command_line.refuse_unsupported(qemu.options)
+    except CprError as error:
+        inspection.blockers.append(error)
+    unit = process.is_owned_by_unit(qemu.identity.pid)
+    if unit:
+        inspection.blockers.append(
+            CprError(
+                "systemd-unit",
+                f"The guest is the main process of the systemd unit {unit}, and systemd would end the new QEMU"
+                " together with the old one.",
+                "Units can't be handed over yet: run the guest in a scope (systemd-run --scope),"
+                " or leave it out of live_update_guests.",
+            )
+        )
+    try:
+        monitor = await guests.open_monitor(qemu)
+        async with monitor:
+            inspection.monitor = monitor.where
+            inspection.observation = await observe(monitor, qemu, offers)
+    except CprError as error:
+        inspection.blockers.append(error)
+    return inspection
+
+
+async def observe(monitor: Monitor, qemu: QemuProcess, offers: Offers) -> readiness.Observation:
+    """Ask a guest's monitor what readiness depends on, by read-only commands.
+
+    :raises CprError: as `Monitor.execute`.
+    """
+    machine_type: str = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
+    properties = await monitor.execute("qom-list", {"path": "/machine"})
+    aux_ram_share: t.Optional[bool] = None
+    if any(item["name"] == "aux-ram-share" for item in properties):
+        aux_ram_share = await monitor.execute("qom-get", {"path": "/machine", "property": "aux-ram-share"})
+    return readiness.Observation(
+        machine_type=machine_type[: -len("-machine")] if machine_type.endswith("-machine") else machine_type,
+        run_state=(await monitor.execute("query-status"))["status"],
+        migration=(await monitor.execute("query-migrate")).get("status"),
+        memory_backends=await monitor.execute("query-memdev"),
+        aux_ram_share=aux_ram_share,
+        offer=await offers.of(qemu.executable_id, monitor),
+    )

@@ -1,0 +1,130 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Back to the old QEMU alone, from any point before the commit.
+
+Private to the collection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import time
+import typing as t
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, setup
+from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
+from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import Outcome
+
+DONE = (None, journal.FINISHED, journal.ROLLED_BACK)
+
+# Seconds that the old QEMU gets to end its migration once the new one is dead.
+CANCEL_TIMEOUT = 30.0
+_POLL = 0.002
+_ENDED = (None, "none", "completed", "failed", "cancelled")
+
+
+async def roll_back(update: journal.Update, *, timeout: float) -> Outcome:
+    """Undo an update that is not committed: afterwards only the old QEMU is there, and runs.
+
+    Nothing is done to a guest without an update under way.
+
+    :param timeout: seconds for the connection to the old QEMU.
+    :raises CprError: ``already-committed`` if the guest is on the new QEMU;
+        ``state-unclear`` if it can't be told; ``old-qemu-gone``.
+    """
+    if update.phase in DONE:
+        return Outcome(update.guest, False, "There is no update to undo.", update)
+    if update.phase == journal.SWITCHED:
+        raise _already_committed()
+    old, new = failures.both(update)
+    with Watch(old.identity) as old_watch, Watch(new.identity) as new_watch:
+        if update.phase == journal.SWITCHING:
+            await _refuse_if_new_ran(update, new_watch)
+        if old_watch.ended.is_set():
+            await new_watch.kill()
+            remove_traces(update)
+            update.enter(journal.ROLLED_BACK)
+            raise failures.old_qemu_gone(update)
+        async with await Monitor.connect(old.monitor, timeout) as monitor:
+            await bring_back(update, monitor, new_watch)
+    return Outcome(update.guest, True, "The guest runs on the old QEMU, as before.", update)
+
+
+async def bring_back(update: journal.Update, monitor: Monitor, new_watch: Watch) -> dict[str, t.Any]:
+    """Kill the new QEMU, see it dead, then let the old one go on.
+
+    :param monitor: the old QEMU's.
+    :returns: what the old QEMU's ``query-migrate`` said at the end.
+    :raises CprError: ``process-not-dying``, ``qmp-timeout`` and the like: the guest is then
+        where the message says.
+    """
+    await new_watch.kill()
+    state = await _end_migration(monitor)
+    run_state = (await monitor.execute("query-status"))["status"]
+    # A failed or cancelled migration resumes the guest by itself; a completed one does not.
+    if update.run_state == "running" and run_state != "running":
+        await monitor.execute("cont")
+    await setup.put_back(monitor, update.restore)
+    remove_traces(update)
+    update.enter(journal.ROLLED_BACK)
+    return state
+
+
+def remove_traces(update: journal.Update) -> None:
+    """Remove what a killed new QEMU leaves: its sockets, its pid file, its channels."""
+    shutil.rmtree(update.channels, ignore_errors=True)
+    for temporary, dummy in update.renames:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+async def _end_migration(monitor: Monitor) -> dict[str, t.Any]:
+    """Wait until the old QEMU's migration has ended, cancelling it where it doesn't by itself."""
+    deadline = time.monotonic() + CANCEL_TIMEOUT
+    cancelled = False
+    while True:
+        state: dict[str, t.Any] = await monitor.execute("query-migrate")
+        if state.get("status") in _ENDED:
+            # "completed" and "failed" come a moment before the run state that follows them.
+            if (await monitor.execute("query-status"))["status"] != "finish-migrate":
+                return state
+        elif not cancelled:
+            await monitor.execute("migrate_cancel")
+            cancelled = True
+        if time.monotonic() > deadline:
+            raise CprError(
+                "migration-not-ending",
+                f"The old QEMU's migration did not end within {CANCEL_TIMEOUT:g} s (status {state.get('status')}).",
+                "The new QEMU is gone. Send migrate_cancel and cont to the old one's monitor, and report this.",
+            )
+        await asyncio.sleep(_POLL)
+
+
+async def _refuse_if_new_ran(update: journal.Update, new_watch: Watch) -> None:
+    """Refuse to bring back a guest that may have run on the new QEMU."""
+    dummy, new = failures.both(update)
+    if new_watch.ended.is_set():
+        raise CprError(
+            "state-unclear",
+            "The task that switched the guest died, the new QEMU is gone, and it can't be told whether the guest had"
+            " run on it.",
+            "If the guest had, its disks and RAM have moved on and the old QEMU must not be continued.",
+        )
+    async with await Monitor.connect(new.monitor) as monitor:
+        if (await monitor.execute("query-status"))["running"]:
+            raise _already_committed()
+
+
+def _already_committed() -> CprError:
+    return CprError(
+        "already-committed",
+        "The guest runs on the new QEMU already; there is no way back by rolling back.",
+        "Finish the update with vmfleet.cpr.guest_resume.",
+    )

@@ -1,0 +1,85 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Sets both QEMUs up for the switch, in the window in which both answer.
+
+Private to the collection.
+"""
+
+from __future__ import annotations
+
+import time
+import typing as t
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, journal
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures
+from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import Outcome
+
+DONE = (journal.SET_UP, *journal.COMMITTED)
+
+
+async def set_up(update: journal.Update, *, timeout: float) -> Outcome:
+    """Set capabilities and parameters on both ends and read them back; the guest runs on the old.
+
+    The old QEMU's capabilities were set before it began (QEMU locks them from ``migrate``
+    on), so here they are only compared.
+
+    :param timeout: seconds for each connection.
+    :raises CprError: ``capabilities-differ`` or ``parameters-differ`` if an end did not take
+        what was agreed.
+    """
+    if update.phase in DONE:
+        return Outcome(update.guest, False, "Both QEMUs are set up already.", update)
+    if update.phase != journal.TRANSFERRED:
+        raise failures.wrong_phase(update, journal.TRANSFERRED, "cpr_transfer")
+    started = time.monotonic()
+    old, new = failures.both(update)
+    async with await Monitor.connect(old.monitor, timeout) as old_monitor:
+        async with await Monitor.connect(new.monitor, timeout) as new_monitor:
+            current = await new_monitor.execute("query-migrate-capabilities")
+            capabilities = handshake.capabilities_to_set(current, update.capabilities)
+            if capabilities:
+                await new_monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+            for whose, monitor in (("old", old_monitor), ("new", new_monitor)):
+                await _set_parameters(whose, monitor)
+                await _compare_capabilities(whose, monitor, update)
+    update.took("setup", started)
+    update.enter(journal.SET_UP)
+    names = [name for name, state in update.capabilities.items() if state]
+    return Outcome(update.guest, True, f"Both QEMUs use the capabilities {', '.join(names)}.", update)
+
+
+async def _set_parameters(whose: str, monitor: Monitor) -> None:
+    await monitor.execute("migrate-set-parameters", handshake.PARAMETERS)
+    taken = await monitor.execute("query-migrate-parameters")
+    for name, value in handshake.PARAMETERS.items():
+        if taken.get(name) != value:
+            raise CprError(
+                "parameters-differ",
+                f"The {whose} QEMU has {taken.get(name)!r} for the migration parameter {name}, not {value!r}.",
+                "The guest runs on as before. Roll back; see whether another client changes it.",
+            )
+
+
+async def _compare_capabilities(whose: str, monitor: Monitor, update: journal.Update) -> None:
+    current: list[dict[str, t.Any]] = await monitor.execute("query-migrate-capabilities")
+    wrong = [item["capability"] for item in handshake.capabilities_to_set(current, update.capabilities)]
+    if wrong:
+        raise CprError(
+            "capabilities-differ",
+            f"The {whose} QEMU did not take what was agreed for the migration capability {', '.join(wrong)}.",
+            "The guest runs on as before. Roll back; see whether another client changes it.",
+        )
+
+
+async def put_back(monitor: Monitor, settings: t.Mapping[str, t.Any]) -> None:
+    """Give a QEMU the migration settings that the guest had before the update.
+
+    :param settings: what `Update.restore` holds.
+    """
+    if settings.get("capabilities"):
+        await monitor.execute("migrate-set-capabilities", {"capabilities": settings["capabilities"]})
+    if settings.get("parameters"):
+        await monitor.execute("migrate-set-parameters", settings["parameters"])

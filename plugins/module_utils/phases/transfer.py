@@ -1,0 +1,135 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Hands the CPR state over to the new QEMU.
+
+Private to the collection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, journal
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures
+from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
+from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import Outcome
+
+DONE = (journal.TRANSFERRED, journal.SET_UP, *journal.COMMITTED)
+
+# Seconds between two looks for the new QEMU's monitor.
+_POLL = 0.005
+
+
+async def transfer(update: journal.Update, *, timeout: float) -> Outcome:
+    """Send the CPR state to the new QEMU; the guest keeps running on the old.
+
+    The old QEMU's migration stays in ``setup`` from here on, and the guest runs, for as long
+    as nobody goes on (QEMU's docs/devel/migration/CPR).
+
+    :param timeout: seconds until the new QEMU's monitor must answer.
+    :raises CprError: ``new-qemu-exited`` with the end of its standard error;
+        ``migration-blocked`` with QEMU's reasons; ``migration-failed``;
+        ``new-qemu-silent``. The old QEMU then runs the guest as before.
+    """
+    if update.phase in DONE:
+        return Outcome(update.guest, False, "The CPR state was handed over already.", update)
+    if update.phase != journal.LAUNCHED:
+        raise failures.wrong_phase(update, journal.LAUNCHED, "dest_launch")
+    started = time.monotonic()
+    old, new = failures.both(update)
+    with Watch(old.identity) as old_watch, Watch(new.identity) as new_watch:
+        if old_watch.ended.is_set():
+            raise failures.old_qemu_gone(update)
+        if new_watch.ended.is_set():
+            raise failures.new_qemu_exited(update)
+        async with await Monitor.connect(old.monitor) as monitor:
+            await _prepare_old(monitor, update)
+            await _migrate(monitor, update)
+            await _wait_for_new_monitor(monitor, update, old_watch, new_watch, timeout)
+    update.took("transfer", started)
+    update.enter(journal.TRANSFERRED)
+    return Outcome(update.guest, True, "The new QEMU has the CPR state and answers; the guest runs on the old.", update)
+
+
+async def _prepare_old(monitor: Monitor, update: journal.Update) -> None:
+    """Set what ``migrate`` needs on the old QEMU, its former settings recorded first."""
+    current = await monitor.execute("query-migrate-capabilities")
+    parameters = await monitor.execute("query-migrate-parameters")
+    capabilities = handshake.capabilities_to_set(current, update.capabilities)
+    update.restore = {
+        "capabilities": handshake.capabilities_to_restore(current, capabilities),
+        "parameters": {name: parameters[name] for name in ("mode", *handshake.PARAMETERS) if name in parameters},
+    }
+    update.enter(journal.TRANSFERRING)
+    if capabilities:
+        await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+    await monitor.execute("migrate-set-parameters", {"mode": handshake.MODE})
+    # QEMU computes the reasons for the mode that is set now.
+    reasons = (await monitor.execute("query-migrate")).get("blocked-reasons")
+    if reasons:
+        raise CprError(
+            "migration-blocked",
+            f"QEMU does not allow a cpr-transfer of this guest: {'; '.join(reasons)}.",
+            "Remove what it names from the guest, or leave the guest out of live_update_guests.",
+            qemu_description="; ".join(reasons),
+        )
+
+
+async def _migrate(monitor: Monitor, update: journal.Update) -> None:
+    def channel(kind: str, path: str) -> dict[str, object]:
+        return {"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": path}}
+
+    channels = [channel("main", update.main_socket), channel("cpr", update.cpr_socket)]
+    await monitor.execute("migrate", {"channels": channels})
+
+
+async def _wait_for_new_monitor(
+    monitor: Monitor, update: journal.Update, old_watch: Watch, new_watch: Watch, timeout: float
+) -> None:
+    """Wait until the new QEMU waits for its incoming migration; notice at once what fails."""
+    dummy, new = failures.both(update)
+    deadline = time.monotonic() + timeout
+
+    async def answer() -> None:
+        while not os.path.exists(new.monitor):
+            await asyncio.sleep(_POLL)
+        async with await Monitor.connect(new.monitor, timeout) as new_monitor:
+            while (await new_monitor.execute("query-status"))["status"] != "inmigrate":
+                await asyncio.sleep(_POLL)
+
+    answering = asyncio.ensure_future(answer())
+    ends = [asyncio.ensure_future(watch.ended.wait()) for watch in (new_watch, old_watch)]
+    try:
+        while not answering.done():
+            left = deadline - time.monotonic()
+            await asyncio.wait({answering, *ends}, timeout=min(0.1, max(left, 0)), return_when=asyncio.FIRST_COMPLETED)
+            if old_watch.ended.is_set():
+                raise failures.old_qemu_gone(update)
+            if new_watch.ended.is_set():
+                raise failures.new_qemu_exited(update)
+            if answering.done():
+                break
+            state = await monitor.execute("query-migrate")
+            if state.get("status") in ("failed", "cancelled"):
+                raise CprError(
+                    "migration-failed",
+                    f"The old QEMU could not hand the CPR state over: {state.get('error-desc') or state['status']}.",
+                    "The guest runs on as before. Roll back, mend what it names, and run again.",
+                    qemu_description=state.get("error-desc"),
+                )
+            if left <= 0:
+                raise CprError(
+                    "new-qemu-silent",
+                    f"The new QEMU has the CPR state and its monitor did not answer within {timeout:g} s.",
+                    f"See its standard error in {update.log}, or give it more time (timeout).",
+                )
+        await answering
+    finally:
+        for task in (answering, *ends):
+            task.cancel()
+        await asyncio.gather(answering, *ends, return_exceptions=True)

@@ -1,0 +1,128 @@
+#!/usr/bin/python
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+
+from __future__ import annotations
+
+DOCUMENTATION = r"""
+module: guest_resume
+short_description: Let guests go on in their new QEMU
+version_added: 1.0.0
+description:
+  - Switches each guest from the old QEMU to the new one. The guest pauses for milliseconds.
+  - Then checks that the guest runs, ends the old QEMU and gives the new one the old one's paths,
+    so that the monitor answers where it did before.
+  - If the new QEMU fails before the guest runs on it, the guest is brought back on the old one
+    by this very module; there is nothing left to undo then.
+  - A guest that was paused before stays paused.
+  - The whole way is P(vmfleet.cpr.live_update#role), which calls this module as one step.
+extends_documentation_fragment:
+  - vmfleet.cpr.guests
+  - vmfleet.cpr.attributes
+attributes:
+  check_mode:
+    support: full
+    description:
+      - Says what would be done, without looking at the guest.
+  diff_mode:
+    support: none
+  idempotent:
+    support: full
+options:
+  switch_concurrency:
+    description:
+      - How many guests are switched at a time. More than one makes every pause longer and saves
+        next to nothing.
+    type: int
+    default: 1
+author:
+  - vmfleet.cpr contributors (@vmfleet)
+"""
+
+EXAMPLES = r"""
+- name: Switch to the new QEMU
+  vmfleet.cpr.guest_resume:
+    guests:
+      - web1
+      - web2
+  register: resumed
+
+- name: Show how long each guest stood still
+  ansible.builtin.debug:
+    msg: "{{ resumed.guests | items2dict(key_name='name', value_name='pause_ms') }}"
+"""
+
+RETURN = r"""
+guests:
+  description: What was done to each guest, in the order of O(guests).
+  returned: unless the failure concerns the whole host
+  type: list
+  elements: dict
+  contains:
+    name:
+      description: The guest's name.
+      type: str
+      sample: web1
+    changed:
+      description: Whether the module changed anything for this guest.
+      type: bool
+    failed:
+      description: Whether it failed for this guest.
+      type: bool
+    message:
+      description: What was done, in a sentence.
+      type: str
+    error:
+      description: >-
+        Why it failed, or null. Has the keys C(code), C(message), C(hint), C(guest), C(phase),
+        C(qemu_class) and C(qemu_description); the last two are QEMU's own words.
+      type: dict
+    phase:
+      description: >-
+        Where the guest's latest update is, one of V(launching), V(launched), V(transferring),
+        V(transferred), V(set-up), V(switching), V(switched), V(finished) and V(rolled-back);
+        null if there never was one.
+      type: str
+      sample: finished
+    old:
+      description: The old QEMU of that update, with C(pid), C(binary), C(version) and C(monitor).
+      type: dict
+    new:
+      description: The new QEMU of that update, with the same keys.
+      type: dict
+    pause_ms:
+      description: >-
+        Milliseconds from the STOP event of the old QEMU to the RESUME event of the new one, by
+        QEMU's own timestamps; null before the switch and for a guest that was paused anyway.
+      type: float
+      sample: 6.41
+    durations_ms:
+      description: Milliseconds that each phase took.
+      type: dict
+      sample: {launch: 61.2, transfer: 88.0, setup: 14.9, switch: 19.3, retire: 41.7}
+error:
+  description: The first failure, with the same keys as in RV(guests[].error).
+  returned: failure
+  type: dict
+"""
+
+from ansible.module_utils.basic import AnsibleModule
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases.resume import resume_all
+from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import (
+    guests_argument_spec,
+    run,
+)
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec=guests_argument_spec(switch_concurrency={"type": "int", "default": 1}),
+        supports_check_mode=True,
+    )
+    run(module, resume_all)
+
+
+if __name__ == "__main__":
+    main()
