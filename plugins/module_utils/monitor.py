@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 import typing as t
 
@@ -25,6 +26,27 @@ Event = t.Mapping[str, t.Any]
 CONNECT_TIMEOUT = 5.0
 # Seconds that a QEMU gets for one command; all that are used here answer at once.
 COMMAND_TIMEOUT = 10.0
+
+
+@functools.lru_cache(maxsize=None)
+def _client_class() -> type[QMPClient]:
+    """qemu.qmp's client, without its habit of formatting every message for a debug log.
+
+    That costs more than all else together, most of it between STOP and RESUME. Made on first
+    use: the module must load where the library isn't there yet.
+    """
+    from qemu.qmp import QMPClient
+
+    class Client(QMPClient):
+        """A client that does not log messages."""
+
+        def _cb_outbound(self, msg: t.Any) -> t.Any:
+            return msg
+
+        def _cb_inbound(self, msg: t.Any) -> t.Any:
+            return msg
+
+    return Client
 
 
 class Monitor:
@@ -56,9 +78,9 @@ class Monitor:
 
     @classmethod
     async def _open(cls, address: str | socket.socket, where: str, timeout: float) -> Monitor:
-        from qemu.qmp import QMPClient, QMPError
+        from qemu.qmp import QMPError
 
-        client = QMPClient()
+        client = _client_class()()
         try:
             await asyncio.wait_for(client.connect(address), timeout)
         except asyncio.TimeoutError:
@@ -98,9 +120,9 @@ class Monitor:
         except ExecuteError as error:
             raise CprError(
                 "qmp-error",
-                f"QEMU refused {command}: {error.error.desc}.",
-                qemu_class=error.error.class_,
-                qemu_description=error.error.desc,
+                f"QEMU refused {command}: {error}.",
+                qemu_class=error.error_class,
+                qemu_description=str(error),
             ) from error
         except (QMPError, OSError, EOFError) as error:
             raise CprError(

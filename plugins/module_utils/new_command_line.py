@@ -101,11 +101,15 @@ def qmp_paths(options: t.Sequence[Option]) -> list[str]:
         elif option.name in ("qmp", "qmp-pretty") and path:
             found.append(path)
     for option in options:
-        if option.name == "mon":
-            properties = read_properties(option)
+        properties = read_properties(option) if option.name in ("mon", "object") else Properties([])
+        if option.name == "mon" and properties.get("mode") == "control":
             path = sockets.get(properties.get("chardev") or properties.implied)
-            if properties.get("mode") == "control" and path:
-                found.append(path)
+        elif "monitor-qmp" in (properties.implied, properties.get("qom-type")):  # QEMU 11.1
+            path = sockets.get(properties.get("chardev"))
+        else:
+            path = None
+        if path:
+            found.append(path)
     return [stable_path(path) if updated else path for path in found]
 
 

@@ -20,7 +20,8 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import command_line
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 
 PROC = "/proc"
-_QEMU = re.compile(r"^(qemu-system-[a-z0-9_]+|qemu-kvm)$")
+# Distributions and people decorate the name: qemu-system-x86_64-11.1, .qemu-kvm-wrapped.
+_QEMU = re.compile(r"qemu-system-|qemu-kvm")
 _DELETED = " (deleted)"
 
 # The rows of /proc/PID/limits, by what the kernel calls them (fs/proc/base.c).
@@ -156,7 +157,7 @@ def find() -> list[QemuProcess]:
     for pid in sorted(int(name) for name in os.listdir(PROC) if name.isdigit()):
         try:
             name = os.path.basename(os.readlink(f"{PROC}/{pid}/exe"))
-            if _QEMU.match(name.replace(_DELETED, "")):
+            if _QEMU.search(name):
                 process = read(pid)
                 if process.arguments and not _runs_no_machine(process):
                     found.append(process)

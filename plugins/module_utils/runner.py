@@ -165,7 +165,7 @@ def run(module: AnsibleModule, function: t.Callable[[Task], t.Awaitable[list[Out
         outcomes = asyncio.run(_as_coroutine(function, Task(module.params, module.check_mode)))
     except CprError as error:
         module.fail_json(msg=str(error), error=error.as_dict())
-    diffs = [outcome.diff for outcome in outcomes if outcome.diff]
+    diffs = [outcome.diff for outcome in outcomes if outcome.diff and module._diff]
     result: dict[str, t.Any] = {
         "changed": any(outcome.changed for outcome in outcomes),
         "guests": [outcome.as_dict() for outcome in outcomes],

@@ -25,7 +25,7 @@ extends_documentation_fragment:
 attributes:
   check_mode:
     support: full
-    description:
+    details:
       - Checks everything that can be checked without starting anything beside the guest.
   diff_mode:
     support: full

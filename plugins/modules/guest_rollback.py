@@ -21,7 +21,7 @@ extends_documentation_fragment:
 attributes:
   check_mode:
     support: full
-    description:
+    details:
       - Says what would be done, without looking at the guest.
   diff_mode:
     support: none

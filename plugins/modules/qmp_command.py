@@ -19,13 +19,13 @@ extends_documentation_fragment:
 attributes:
   check_mode:
     support: partial
-    description:
+    details:
       - Commands that only read are executed in check mode too, others are not.
   diff_mode:
     support: none
   idempotent:
     support: partial
-    description:
+    details:
       - Every command that is not known to read counts as a change.
 options:
   command:

@@ -8,7 +8,6 @@ Private to the collection.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import shutil
@@ -175,8 +174,8 @@ async def launch(plan: Plan, *, timeout: float) -> None:
     _make_channels(update, surroundings)
     update.enter(journal.LAUNCHING)
     identity = launcher.start(plan.binary.path, plan.arguments, surroundings, update.log)
-    assert update.new is not None
-    update.new.pid, update.new.start_time = identity.pid, identity.start_time
+    dummy, new = failures.both(update)
+    new.pid, new.start_time = identity.pid, identity.start_time
     update.enter(journal.LAUNCHING)
     with process.Watch(identity) as watch:
         try:

@@ -8,7 +8,6 @@ Private to the collection.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import shutil
@@ -19,6 +18,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, setup, switch
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
+from ansible_collections.vmfleet.cpr.plugins.module_utils.quiet import Quiet
 from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import Outcome, Task
 
 DONE = (journal.FINISHED,)
@@ -29,34 +29,36 @@ QUIT_TIMEOUT = 10.0
 
 async def resume_all(task: Task) -> list[Outcome]:
     """Switch the guests of a task, a bounded number at a time; see `resume`."""
-    turn = asyncio.Semaphore(task.parameters["switch_concurrency"])
+    quiet = Quiet(task.parameters["switch_concurrency"])
     return await task.for_each_update(
-        resume, done=DONE, would="The guest would be switched to the new QEMU.", turn=turn
+        resume, done=DONE, would="The guest would be switched to the new QEMU.", quiet=quiet
     )
 
 
-async def resume(update: journal.Update, *, timeout: float, turn: asyncio.Semaphore) -> Outcome:
+async def resume(update: journal.Update, *, timeout: float, quiet: Quiet) -> Outcome:
     """Switch the guest to the new QEMU, retire the old one, restore the stable paths.
 
     :param timeout: seconds for each connection, and until the old QEMU stops the guest.
-    :param turn: bounds how many guests are switched at a time: each pause gets longer by
-        what happens beside it.
+    :param quiet: shared by all guests of a task; bounds how many are switched at a time.
     :raises CprError: as `switch.switch` and `retire`.
     """
     if update.phase in DONE:
         return Outcome(update.guest, False, "The guest is on the new QEMU already.", update)
     if update.phase == journal.SWITCHED:
-        async with await Monitor.connect(_new_monitor(update), timeout) as monitor:
+        async with quiet.work(), await Monitor.connect(_new_monitor(update), timeout) as monitor:
             await retire(update, monitor, None)
         return Outcome(update.guest, True, "An earlier switch was finished.", update)
     if update.phase != journal.SET_UP:
         raise failures.wrong_phase(update, journal.SET_UP, "migration_setup")
-    async with switch.open_ends(update, timeout) as ends:
-        async with turn:
+    async with contextlib.AsyncExitStack() as stack:
+        async with quiet.work():
+            ends = await stack.enter_async_context(switch.open_ends(update, timeout))
+        async with quiet.switch():
             started = time.monotonic()
             await switch.switch(update, ends, timeout=timeout)
             update.took("switch", started)
-        await retire(update, ends.new, ends.old)
+        async with quiet.work():
+            await retire(update, ends.new, ends.old)
     pause = f" after a pause of {update.pause_ms:g} ms" if update.pause_ms is not None else ""
     old, new = failures.both(update)
     message = f"The guest went from QEMU {old.version} to {new.version}{pause}."

@@ -1,0 +1,46 @@
+# What each target needs it makes first; all can be run again at no cost.
+
+SUITES = bookworm bookworm-backports trixie trixie-backports
+PYTHON = .venv/bin/python
+
+.PHONY: help demo test env qemu guests lint unit sanity integration benchmark changelog clean
+
+help:
+	@echo "make demo         three real guests move to a new QEMU while they run"
+	@echo "make test         all checks"
+	@echo "make benchmark    pause and duration beside the bare QMP sequence (some minutes)"
+	@echo "make env          .venv with pinned tools and this checkout as vmfleet.cpr"
+	@echo "make qemu         .cache/qemu/SUITE/bin/qemu-system-x86_64: $(SUITES)"
+	@echo "make guests       .cache/guests: the guests of demo and tests"
+
+env:
+	@tests/environment/python.sh
+
+qemu:
+	@tests/environment/qemu.sh $(SUITES)
+
+guests:
+	@tests/environment/guests.sh
+
+demo: env qemu guests
+	@$(PYTHON) -m tests.demo
+
+test: lint unit sanity integration
+
+lint: env
+	@tests/environment/lint.sh
+
+unit: env qemu
+	@tests/environment/unit.sh
+
+sanity: env
+	@tests/environment/sanity.sh
+
+integration: env qemu guests
+	$(PYTHON) -m pytest tests/integration
+
+benchmark: env qemu guests
+	$(PYTHON) -m tests.benchmarks.live_update
+
+clean:
+	rm -rf .venv .venv-3.9 .cache .ansible

@@ -1,0 +1,57 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Runs Ansible from ``.venv`` against this machine, as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import typing as t
+
+from tests.guests.guest import TOP
+
+# What the hypervisor side runs on: the virtual environment's own base, which has no qemu.qmp.
+HYPERVISOR_PYTHON = os.path.realpath(sys.executable)
+
+
+def live_update(
+    binary: str, state: pathlib.Path, guests: t.Sequence[str], *words: str, **variables: t.Any
+) -> subprocess.CompletedProcess[str]:
+    """Run the playbook vmfleet.cpr.live_update on this machine.
+
+    :param state: the state directory.
+    :param words: further arguments of ``ansible-playbook``.
+    :param variables: further ``live_update_*`` variables, without the prefix.
+    """
+    values = {"qemu_binary": binary, "state_directory": str(state), "guests": guests, **variables}
+    return _run(
+        "ansible-playbook", "vmfleet.cpr.live_update",
+        "-e", json.dumps({f"live_update_{name}": value for name, value in values.items()}), *words,
+    )  # fmt: skip
+
+
+def module(name: str, arguments: dict[str, t.Any], *words: str) -> dict[str, t.Any]:
+    """Run one module of the collection on this machine; what it returns.
+
+    :param words: further arguments of ``ansible``.
+    """
+    answer = _run("ansible", "localhost", "-m", f"vmfleet.cpr.{name}", "-a", json.dumps(arguments), *words)
+    dummy, brace, text = answer.stdout.partition("=> {")
+    if not brace:
+        raise RuntimeError(answer.stdout + answer.stderr)
+    return json.JSONDecoder().raw_decode("{" + text)[0]
+
+
+def _run(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            str(TOP / ".venv" / "bin" / program), *words, "-i", "localhost,", "-c", "local",
+            "-e", f"ansible_python_interpreter={HYPERVISOR_PYTHON}",
+        ],
+        check=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=TOP, timeout=300,
+        env={**os.environ, "ANSIBLE_PIPELINING": "1", "ANSIBLE_NOCOLOR": "1"},
+    )  # fmt: skip

@@ -1,0 +1,108 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Guests for the tests, and the phases without Ansible."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import pathlib
+import shutil
+import typing as t
+
+import pytest
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import launch, resume, rollback, setup, transfer
+from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import Outcome, Task
+from tests.guests.guest import NEW_SUITE, OLD_SUITE, Guest, boot_sector_guest, linux_guest, qemu
+
+
+@pytest.fixture(name="start")
+def fixture_start(tmp_path: pathlib.Path) -> t.Iterator[t.Callable[..., Guest]]:
+    """Starts boot-sector guests, or Linux guests, and ends them with the test."""
+    guests: list[Guest] = []
+
+    def start(name: str, *, suite: str = OLD_SUITE, linux: bool = False, owner: int = 0, surroundings: t.Any = None, **options: t.Any) -> Guest:
+        make = linux_guest if linux else boot_sector_guest
+        guest = make(name, tmp_path / name, **options)
+        guests.append(guest)
+        for path in (guest.directory, guest.directory / "disk.img"):
+            os.chown(path, owner, owner)
+        guest.start(qemu(suite), **(surroundings or {}))
+        guest.wait_for_ticks(3)
+        return guest
+
+    yield start
+    for guest in guests:
+        guest.kill()
+
+
+class Host:
+    """The phases on this machine, without Ansible."""
+
+    def __init__(self, state: pathlib.Path) -> None:
+        self.state = state
+
+    def task(self, guests: t.Sequence[Guest | str], *, check_mode: bool = False, **parameters: t.Any) -> Task:
+        """A task as a module makes it from its arguments."""
+        names = [guest if isinstance(guest, str) else guest.name for guest in guests]
+        defaults = {
+            "guests": names, "concurrency": 4, "timeout": 30.0, "state_directory": str(self.state),
+            "switch_concurrency": 1, "qemu_binary": qemu(NEW_SUITE),
+        }  # fmt: skip
+        return Task({**defaults, **parameters}, check_mode)
+
+    def launch(self, *guests: Guest | str, **parameters: t.Any) -> list[Outcome]:
+        """dest_launch."""
+        return asyncio.run(launch.launch_all(self.task(guests, **parameters)))
+
+    def transfer(self, *guests: Guest | str, **parameters: t.Any) -> list[Outcome]:
+        """cpr_transfer."""
+        return self._each(transfer, "transfer", guests, parameters)
+
+    def setup(self, *guests: Guest | str, **parameters: t.Any) -> list[Outcome]:
+        """migration_setup."""
+        return self._each(setup, "set_up", guests, parameters)
+
+    def resume(self, *guests: Guest | str, **parameters: t.Any) -> list[Outcome]:
+        """guest_resume."""
+        return asyncio.run(resume.resume_all(self.task(guests, **parameters)))
+
+    def rollback(self, *guests: Guest | str, **parameters: t.Any) -> list[Outcome]:
+        """guest_rollback."""
+        return self._each(rollback, "roll_back", guests, parameters)
+
+    def until(self, last: str, guest: Guest, **parameters: t.Any) -> Outcome:
+        """All phases up to one; every one of them must succeed."""
+        for phase in ("launch", "transfer", "setup", "resume"):
+            (outcome,) = getattr(self, phase)(guest, **parameters)
+            assert outcome.error is None, str(outcome.error)
+            if phase == last:
+                return outcome
+        raise ValueError(last)
+
+    def record(self, guest: Guest) -> dict[str, t.Any]:
+        """The guest's update record as it lies on disk."""
+        return json.loads((self.state / guest.name / "update.json").read_text(encoding="utf-8"))
+
+    def _each(self, module: t.Any, name: str, guests: t.Sequence[Guest | str], parameters: t.Any) -> list[Outcome]:
+        task = self.task(guests, **parameters)
+        return asyncio.run(task.for_each_update(getattr(module, name), done=module.DONE, would=""))
+
+
+@pytest.fixture(name="host")
+def fixture_host(tmp_path: pathlib.Path) -> Host:
+    """This machine as a hypervisor, its state directory the test's own."""
+    return Host(tmp_path / "state")
+
+
+@pytest.fixture(name="rebuilt_qemu", scope="session")
+def fixture_rebuilt_qemu() -> t.Iterator[str]:
+    """Another file with the new suite's QEMU, as after a rebuild of the package."""
+    original = pathlib.Path(qemu(NEW_SUITE))
+    copy = original.with_name("qemu-system-x86_64-rebuilt")
+    shutil.copy2(original, copy)
+    yield str(copy)
+    copy.unlink()

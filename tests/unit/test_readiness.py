@@ -1,0 +1,129 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Who is ready for a live update, on data recorded from real QEMUs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, readiness
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.qemu_binary import Binary, Offer, read_schema
+
+CAPABILITIES = frozenset({"events", "return-path", "multifd", "xbzrle"})
+OFFER = Offer((10, 0, 2), "x86_64", frozenset({"normal", "cpr-reboot", "cpr-transfer"}), CAPABILITIES, frozenset({"mode"}))
+NEW_OFFER = dataclasses.replace(OFFER, version=(11, 1, 3), modes=OFFER.modes | {"cpr-exec"})
+BINARY = Binary("/new", (1, 2), NEW_OFFER, frozenset({"pc-q35-10.0", "q35"}))
+READY = readiness.Observation(
+    machine_type="pc-q35-10.0",
+    run_state="running",
+    migration=None,
+    memory_backends=[{"id": "ram0", "size": 1 << 30, "share": True}],
+    aux_ram_share=True,
+    offer=OFFER,
+)
+
+
+def codes(mode="cpr-transfer", **changes):
+    return [blocker.code for blocker in readiness.blockers(dataclasses.replace(READY, **changes), mode)]
+
+
+def test_a_guest_that_was_started_for_it_is_ready():
+    assert codes() == []
+    assert codes(run_state="paused") == []
+    assert codes(migration="failed") == codes(migration="cancelled") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"memory_backends": [{"id": "pc.ram", "size": 1, "share": False}], "aux_ram_share": False}, ["memory-not-shared"]),
+        ({"aux_ram_share": False}, ["aux-ram-not-shared"]),
+        ({"aux_ram_share": None}, ["aux-ram-not-shared"]),
+        ({"migration": "active"}, ["already-migrating"]),
+        ({"migration": "setup"}, ["already-migrating"]),
+        ({"run_state": "postmigrate"}, ["run-state"]),
+        ({"run_state": "io-error"}, ["run-state"]),
+        ({"offer": dataclasses.replace(OFFER, modes=frozenset())}, ["mode-missing"]),
+    ],
+)
+def test_what_stands_in_the_way_is_named(changes, expected):
+    assert codes(**changes) == expected
+
+
+def test_the_hint_says_what_the_command_line_would_need():
+    private = dataclasses.replace(READY, memory_backends=[{"id": "pc.ram", "size": 512 << 20, "share": False}])
+    (blocker,) = readiness.blockers(private, "cpr-transfer")
+    assert "memory-backend-memfd,id=ram0,size=512M,share=on" in blocker.hint
+    assert "aux-ram-share=on" in blocker.hint
+
+
+def test_cpr_reboot_takes_private_memory_and_cpr_exec_does_not():
+    private = [{"id": "pc.ram", "size": 1, "share": False}]
+    assert codes("cpr-reboot", memory_backends=private) == []
+    assert "memory-not-shared" in codes("cpr-exec", memory_backends=private)
+
+
+@pytest.mark.parametrize(
+    ("observation", "binary", "expected"),
+    [
+        (READY, BINARY, []),
+        (dataclasses.replace(READY, machine_type="pc-q35-2.12"), BINARY, ["machine-type-missing"]),
+        (READY, dataclasses.replace(BINARY, offer=dataclasses.replace(NEW_OFFER, version=(9, 2, 0))), ["older-qemu"]),
+        (READY, dataclasses.replace(BINARY, offer=dataclasses.replace(NEW_OFFER, modes=frozenset())), ["mode-missing"]),
+        (
+            READY,
+            dataclasses.replace(BINARY, offer=dataclasses.replace(NEW_OFFER, architecture="aarch64"), machine_types=frozenset()),
+            ["binary-wrong-architecture"],
+        ),
+    ],
+)
+def test_a_binary_that_does_not_fit_is_refused(observation, binary, expected):
+    assert [blocker.code for blocker in readiness.binary_blockers(observation, binary)] == expected
+
+
+def test_only_the_required_capabilities_are_on_and_only_common_ones_are_agreed():
+    new = dataclasses.replace(NEW_OFFER, capabilities=CAPABILITIES - {"xbzrle"} | {"mapped-ram"})
+    assert handshake.agree_capabilities(OFFER, new) == {"events": True, "multifd": False, "return-path": True}
+
+
+def test_a_missing_required_capability_is_refused():
+    with pytest.raises(CprError, match="new QEMU.*return-path"):
+        handshake.agree_capabilities(OFFER, dataclasses.replace(NEW_OFFER, capabilities=frozenset({"events"})))
+
+
+def test_what_differs_is_set_and_remembered():
+    current = [
+        {"capability": "events", "state": False},
+        {"capability": "multifd", "state": True},
+        {"capability": "only-here", "state": True},
+        {"capability": "return-path", "state": True},
+    ]
+    agreed = handshake.agree_capabilities(OFFER, NEW_OFFER)
+    changes = handshake.capabilities_to_set(current, agreed)
+    assert changes == [
+        {"capability": "events", "state": True},
+        {"capability": "multifd", "state": False},
+        {"capability": "only-here", "state": False},
+    ]
+    assert handshake.capabilities_to_restore(current, changes) == current[:3]
+
+
+def test_a_schema_without_mig_mode_offers_no_mode():
+    schema = [
+        {"name": "migrate-set-capabilities", "meta-type": "command", "arg-type": "1"},
+        {"name": "1", "meta-type": "object", "members": [{"name": "capabilities", "type": "[2]"}]},
+        {"name": "[2]", "meta-type": "array", "element-type": "2"},
+        {"name": "2", "meta-type": "object", "members": [{"name": "capability", "type": "3"}, {"name": "state", "type": "bool"}]},
+        {"name": "3", "meta-type": "enum", "values": ["events", "return-path"]},
+        {"name": "migrate-set-parameters", "meta-type": "command", "arg-type": "4"},
+        {"name": "4", "meta-type": "object", "members": [{"name": "max-bandwidth", "type": "int"}]},
+    ]
+    offer = read_schema((7, 2, 22), "x86_64", schema)
+    assert offer.modes == frozenset()
+    assert offer.capabilities == {"events", "return-path"}
+    assert offer.parameters == {"max-bandwidth"}
+    assert offer.version_text == "7.2.22"
