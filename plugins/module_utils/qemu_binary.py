@@ -137,11 +137,11 @@ async def probe(path: str) -> Binary:
                 "Give a QEMU that is built for this host's processor.",
             ) from error
         theirs.close()
-        try:
-            return await _ask_child(path, child, ours)
-        finally:
-            child.kill()
-            child.communicate()
+        with child:
+            try:
+                return await _ask_child(path, child, ours)
+            finally:
+                child.kill()
 
 
 async def _ask_child(path: str, child: subprocess.Popen[bytes], connection: socket.socket) -> Binary:
@@ -149,7 +149,7 @@ async def _ask_child(path: str, child: subprocess.Popen[bytes], connection: sock
         monitor = await Monitor.adopt(connection, path, START_TIMEOUT)
     except CprError:
         child.kill()
-        words = child.communicate()[1].decode(errors="replace").strip().splitlines()
+        words = child.stderr.read().decode(errors="replace").strip().splitlines() if child.stderr else []
         raise CprError(
             "binary-not-qemu",
             f"{path} does not start as a QEMU system emulator: {words[-1] if words else 'it says nothing'}.",

@@ -108,6 +108,16 @@ def binary_blockers(observation: Observation, binary: Binary) -> list[CprError]:
             )
         )
         return found  # all else would be about the wrong machine
+    if binary.offer.version < observation.offer.version:
+        # QEMU refuses it late, with "vmstate_load_state error -2" (11.1 to 10.0).
+        found.append(
+            CprError(
+                "older-qemu",
+                f"The guest runs on QEMU {observation.offer.version_text} and {binary.path} is older"
+                f" ({binary.offer.version_text}); cpr-transfer does not go back.",
+                "Choose a QEMU of the same or a later version.",
+            )
+        )
     if observation.machine_type not in binary.machine_types:
         found.append(
             CprError(
@@ -123,16 +133,6 @@ def binary_blockers(observation: Observation, binary: Binary) -> list[CprError]:
                 "mode-missing",
                 f"{binary.path} is QEMU {binary.offer.version_text} and does not have the mode cpr-transfer.",
                 "Choose QEMU 10.0 or later.",
-            )
-        )
-    if binary.offer.version < observation.offer.version:
-        # QEMU refuses it late, with "vmstate_load_state error -2" (11.1 to 10.0).
-        found.append(
-            CprError(
-                "older-qemu",
-                f"The guest runs on QEMU {observation.offer.version_text} and {binary.path} is older"
-                f" ({binary.offer.version_text}); cpr-transfer does not go back.",
-                "Choose a QEMU of the same or a later version.",
             )
         )
     return found

@@ -116,6 +116,7 @@ class Guest:
 
         :param surroundings: arguments of `subprocess.Popen` (environment, user, limits).
         """
+        self.monitor.unlink(missing_ok=True)
         with open(self.directory / "stderr.log", "ab") as log:
             child = subprocess.Popen(
                 [binary, *self.words], stdin=subprocess.DEVNULL, stdout=log, stderr=log,

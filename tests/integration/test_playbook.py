@@ -204,7 +204,7 @@ def test_nothing_of_the_librarys_gpl2_only_file_reaches_a_hypervisor(tmp_path):
     import io
     import zipfile
 
-    from ansible_collections.vmfleet.cpr.plugins.action.qmp_command import qmp_archive
+    from ansible_collections.vmfleet.cpr.plugins.plugin_utils.qmp_action import qmp_archive
 
     names = zipfile.ZipFile(io.BytesIO(base64.b64decode(qmp_archive()))).namelist()
     assert "qemu/qmp/qmp_client.py" in names and "qemu/qmp/legacy.py" not in names

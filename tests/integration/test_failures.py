@@ -1,0 +1,191 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""What fails before the commit leaves the guest on its old QEMU, and says why."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import switch
+from tests.guests.guest import Qmp, is_alive, wait_until
+
+
+def new_pid(guest, old):
+    """The other process of the guest."""
+    return next(pid for pid in guest.pids() if pid != old)
+
+
+def check_back_and_able_to_go(guest, host, old):
+    """The old QEMU alone runs the guest, with its settings, and another try works."""
+    assert guest.pid() == old
+    assert guest.status() == "running"
+    guest.wait_for_ticks()
+    with guest.qmp() as monitor:
+        assert monitor.execute("query-migrate-parameters")["mode"] == "normal"
+        assert not any(item["state"] for item in monitor.execute("query-migrate-capabilities"))
+    assert host.record(guest)["phase"] == "rolled-back"
+    host.until("resume", guest)
+    assert guest.version().startswith("11.1.") and guest.pid() != old
+    guest.wait_for_ticks()
+    guest.check_continuity()
+
+
+@pytest.mark.parametrize("last", ["launch", "transfer", "setup"])
+def test_rollback_from_every_phase(start, host, last):
+    guest = start("web1")
+    old = guest.pid()
+    host.until(last, guest)
+    assert len(guest.pids()) == 2
+    (outcome,) = host.rollback(guest)
+    assert outcome.changed and outcome.error is None
+    (again,) = host.rollback(guest)
+    assert not again.changed
+    check_back_and_able_to_go(guest, host, old)
+
+
+def test_rollback_leaves_alone_who_has_no_update_or_a_finished_one(start, host):
+    guest = start("web1")
+    (outcome,) = host.rollback(guest)
+    assert not outcome.changed and outcome.error is None
+    host.until("resume", guest)
+    (outcome,) = host.rollback(guest)
+    assert not outcome.changed and guest.version().startswith("11.1.")
+
+
+@pytest.mark.parametrize(("last", "following"), [("launch", "transfer"), ("transfer", "setup"), ("setup", "resume")])
+def test_old_qemu_runs_on_when_the_new_one_dies_between_two_phases(start, host, last, following):
+    guest = start("web1")
+    old = guest.pid()
+    host.until(last, guest)
+    os.kill(new_pid(guest, old), signal.SIGKILL)
+    wait_until(lambda: guest.pids() == [old], "the new QEMU is dead")
+    (outcome,) = getattr(host, following)(guest)
+    assert outcome.error is not None and outcome.error.code in ("new-qemu-exited", "monitor-unreachable")
+    assert guest.status() == "running"
+    host.rollback(guest)
+    check_back_and_able_to_go(guest, host, old)
+
+
+def test_a_new_qemu_that_cant_open_a_disk_says_so_in_its_own_words(start, host):
+    guest = start("web1", more=["-object", "secret,id=key,data=hunter2"])
+    old = guest.pid()
+    disk = guest.directory / "disk.img"
+    disk.rename(guest.directory / "away.img")
+    host.until("launch", guest)
+    (outcome,) = host.transfer(guest)
+    assert outcome.error.code == "new-qemu-exited"
+    assert "disk.img': No such file or directory" in outcome.error.message
+    assert "hunter2" not in str(outcome.error)
+    assert guest.status() == "running"
+    (guest.directory / "away.img").rename(disk)
+    host.rollback(guest)
+    check_back_and_able_to_go(guest, host, old)
+
+
+def test_a_capability_on_one_end_only_is_undone_within_the_pause_limit(start, host):
+    guest = start("web1")
+    old = guest.pid()
+    host.until("setup", guest)
+    with Qmp(str(guest.monitor) + ".cpr1") as monitor:
+        monitor.execute("migrate-set-capabilities", capabilities=[{"capability": "multifd", "state": True}])
+    (outcome,) = host.resume(guest)
+    assert outcome.error.code in ("pause-limit", "migration-failed")
+    assert "back on the old QEMU" in outcome.error.message
+    check_back_and_able_to_go(guest, host, old)
+
+
+def test_a_virtio_queue_that_does_not_fit_brings_the_guest_back_with_qemus_reason(start, host):
+    # Debian's 10.0.13 gives every virtio queue 1024 entries, 11.1 does not.
+    guest = start("web1", suite="trixie", more=["-device", "virtio-rng-pci"])
+    old = guest.pid()
+    host.until("setup", guest)
+    (outcome,) = host.resume(guest)
+    assert outcome.error.code == "migration-failed"
+    assert "vring.num 1024" in outcome.error.message
+    assert guest.pid() == old and guest.status() == "running"
+    guest.wait_for_ticks()
+    guest.check_continuity()
+
+
+def test_a_new_qemu_that_freezes_is_killed_and_the_old_one_goes_on(start, host):
+    guest = start("web1")
+    old = guest.pid()
+    host.until("setup", guest)
+    os.kill(new_pid(guest, old), signal.SIGSTOP)
+    (outcome,) = host.resume(guest, timeout=2.0)
+    assert outcome.error is not None
+    if host.record(guest)["phase"] != "rolled-back":  # it froze before the switch began
+        host.rollback(guest)
+    check_back_and_able_to_go(guest, host, old)
+
+
+def test_a_switch_that_fails_unexpectedly_still_brings_the_guest_back(start, host, monkeypatch):
+    guest = start("web1")
+    old = guest.pid()
+    host.until("setup", guest)
+
+    real = switch._until_completed
+
+    async def surprise(*arguments):
+        await real(*arguments)
+        # Both ends are through, and nobody has committed: the worst moment.
+        raise RuntimeError("a mistake in the program")
+
+    monkeypatch.setattr(switch, "_until_completed", surprise)
+    with pytest.raises(RuntimeError):
+        host.resume(guest)
+    monkeypatch.undo()
+    check_back_and_able_to_go(guest, host, old)
+
+
+def test_the_old_qemu_never_runs_again_after_the_commit(start, host):
+    guest = start("web1")
+    old = guest.pid()
+    host.until("resume", guest)
+    assert not is_alive(old)
+    for phase in ("transfer", "setup", "resume", "rollback"):
+        (outcome,) = getattr(host, phase)(guest)
+        assert outcome.error is None and not outcome.changed
+    guest.wait_for_ticks()
+    guest.check_continuity()
+
+
+def test_a_phase_out_of_turn_is_refused(start, host):
+    guest = start("web1")
+    for phase in ("transfer", "setup", "resume"):
+        (outcome,) = getattr(host, phase)(guest)
+        assert outcome.error.code == "wrong-phase"
+    host.until("launch", guest)
+    (outcome,) = host.resume(guest)
+    assert outcome.error.code == "wrong-phase" and "migration_setup" in outcome.error.hint
+    (outcome,) = host.launch(guest)
+    assert outcome.error.code == "update-unfinished" and "guest_rollback" in outcome.error.hint
+    host.rollback(guest)
+
+
+def test_an_interrupted_retirement_is_finished_by_the_next_run(start, host, monkeypatch):
+    from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import resume
+
+    guest = start("web1")
+    old = guest.pid()
+    host.until("setup", guest)
+
+    async def died(*dummy):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resume, "retire", died)
+    with pytest.raises(KeyboardInterrupt):
+        host.resume(guest)
+    monkeypatch.undo()
+    assert is_alive(old) and host.record(guest)["phase"] == "switched"
+    (outcome,) = host.rollback(guest)
+    assert outcome.error.code == "already-committed"
+    (outcome,) = host.resume(guest)
+    assert outcome.error is None and outcome.changed
+    assert guest.version().startswith("11.1.") and guest.pid() != old
+    guest.wait_for_ticks()
+    guest.check_continuity()
