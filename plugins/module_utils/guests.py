@@ -52,11 +52,14 @@ def _idle(update: Update | None) -> t.Any:
     return qemu.identity if qemu else None
 
 
-def select(names: t.Sequence[str], found: t.Mapping[str | None, list[QemuProcess]]) -> dict[str, QemuProcess]:
-    """The processes of these guests, in this order.
+def select(
+    wanted: t.Sequence[str], found: t.Mapping[str | None, list[QemuProcess]]
+) -> tuple[t.Sequence[str], dict[str, QemuProcess]]:
+    """These guests, or all that have a name if none is given, and their processes.
 
     :raises CprError: ``guest-not-found`` or ``guest-ambiguous`` with all that are wrong.
     """
+    names = wanted or sorted(name for name in found if name)
     missing = [name for name in names if name not in found]
     if missing:
         known = sorted(name for name in found if name)
@@ -73,7 +76,7 @@ def select(names: t.Sequence[str], found: t.Mapping[str | None, list[QemuProcess
                 f"More than one QEMU on this host runs a guest named {name} (processes {pids}).",
                 "Give every guest a -name of its own.",
             )
-    return {name: found[name][0] for name in names}
+    return names, {name: found[name][0] for name in names}
 
 
 async def open_monitor(process: QemuProcess) -> Monitor:

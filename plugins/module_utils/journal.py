@@ -172,7 +172,7 @@ class Journal:
                 data[key] = Qemu(**data[key]) if data[key] else None
             data["renames"] = [tuple(pair) for pair in data["renames"]]
             return Update(**{**data, "directory": directory})
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CprError(
@@ -202,7 +202,11 @@ class Journal:
         :raises CprError: ``guest-locked`` with who holds it and since when.
         """
         directory = self.create(guest).directory
-        with open(os.path.join(directory, "lock"), "a+", encoding="utf-8", opener=_private) as stream:
+        try:
+            stream = open(os.path.join(directory, "lock"), "a+", encoding="utf-8", opener=_private)
+        except OSError as error:
+            raise _unwritable(directory, error) from error
+        with stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

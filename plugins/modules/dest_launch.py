@@ -18,6 +18,8 @@ description:
   - The guest runs on its old QEMU, before and after. M(vmfleet.cpr.guest_rollback) undoes this
     module.
   - A guest that runs on O(qemu_binary) already is left alone.
+  - What an earlier run that died left behind is cleared first, undone or, where the guest is on
+    its new QEMU already, finished.
   - The whole way is P(vmfleet.cpr.live_update#role), which calls this module as one step.
 extends_documentation_fragment:
   - vmfleet.cpr.guests
@@ -32,6 +34,14 @@ attributes:
   idempotent:
     support: full
 options:
+  guests:
+    description:
+      - The guests to work on, by their C(-name) (its C(guest=) part). All that run on the host
+        if empty.
+    type: list
+    elements: str
+    default: []
+    required: false
   qemu_binary:
     description:
       - The absolute path of the new QEMU on the host.
@@ -98,6 +108,9 @@ guests:
       description: Milliseconds that each phase took.
       type: dict
       sample: {launch: 61.2, transfer: 88.0, setup: 14.9, switch: 19.3, retire: 41.7}
+    launched:
+      description: Whether a new QEMU waits for the guest's CPR state, or would in check mode.
+      type: bool
 error:
   description: The first failure, with the same keys as in RV(guests[].error).
   returned: failure
@@ -115,7 +128,10 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import (
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec=guests_argument_spec(qemu_binary={"type": "path", "required": True}),
+        argument_spec=guests_argument_spec(
+            guests={"type": "list", "elements": "str", "default": []},
+            qemu_binary={"type": "path", "required": True},
+        ),
         supports_check_mode=True,
     )
     run(module, launch_all)

@@ -76,6 +76,7 @@ def test_a_name_that_is_not_there_or_there_twice(start, refused, host):
     other = start("twin")
     other.words = [word.replace("qmp.sock", "qmp2.sock").replace("disk.img", "disk2.img") for word in other.words]
     (other.directory / "disk2.img").write_bytes((other.directory / "disk.img").read_bytes())
+    other.monitor = other.directory / "qmp2.sock"
     other.start(qemu(OLD_SUITE))
     refused(other, "guest-ambiguous")
 

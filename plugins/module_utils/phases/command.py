@@ -47,7 +47,7 @@ async def execute_all(task: Task) -> list[Outcome]:
     """
     command: str = task.parameters["command"]
     changes = command not in READ_ONLY
-    found = guests.select(task.guests, guests.by_name(process.find(), task.journal))
+    names, found = guests.select(task.guests, guests.by_name(process.find(), task.journal))
 
     async def one(name: str) -> Outcome:
         if changes and task.check_mode:
@@ -56,4 +56,4 @@ async def execute_all(task: Task) -> list[Outcome]:
             response = await monitor.execute(command, task.parameters["arguments"], task.timeout)
         return Outcome(name, changes, f"{command} was executed.", extra={"response": response})
 
-    return await task.for_each(task.guests, "command", one)
+    return await task.for_each(names, "command", one)

@@ -24,9 +24,7 @@ async def inspect_all(task: Task) -> list[Outcome]:
     """
     path = task.parameters["qemu_binary"]
     binary = await qemu_binary.probe(path) if path else None
-    found = guests.by_name(process.find(), task.journal)
-    names = task.guests or sorted(name for name in found if name)
-    selected = guests.select(names, found)
+    names, selected = guests.select(task.guests, guests.by_name(process.find(), task.journal))
     offers = qemu_binary.Offers()
 
     async def one(name: str) -> Outcome:

@@ -26,7 +26,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     qemu_binary,
 )
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, preflight
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, preflight, recover
 from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import Outcome, Task
 
 # Seconds between two looks for the socket: it is there some 50 ms after the start.
@@ -64,63 +64,73 @@ async def launch_all(task: Task) -> list[Outcome]:
     """Check every guest, and only if all can be updated start a new QEMU for each.
 
     The guests run on their old QEMUs, before and after. A guest that runs this very binary
-    already is left alone.
+    already is left alone. What a run that died left behind is cleared first.
 
     :raises CprError: for what concerns all: the binary (`qemu_binary.probe`) or the names
         (`guests.select`).
     """
     binary = await qemu_binary.probe(task.parameters["qemu_binary"])
-    found = guests.select(task.guests, guests.by_name(process.find(), task.journal))
+    names, found = guests.select(task.guests, guests.by_name(process.find(), task.journal))
     offers = qemu_binary.Offers()
     plans: dict[str, Plan] = {}
 
     async def check(name: str) -> Outcome:
+        if task.check_mode:
+            return await judge(name)
+        with task.journal.lock(name):  # it also shows that records can be written here
+            return await judge(name)
+
+    async def judge(name: str) -> Outcome:
+        earlier = task.journal.load(name)
+        unfinished = recover.is_unfinished(earlier)
+        if unfinished and task.check_mode:
+            return _outcome(name, True, "What an earlier run left behind would be cleared, and the update begun anew.")
+        if earlier and unfinished:
+            await recover.recover(earlier, timeout=task.timeout)
         if found[name].executable_id == binary.executable_id:
-            return Outcome(name, False, f"The guest runs on {binary.path} already.")
-        with _locked(task, name):
-            inspection = await preflight.inspect(found[name], offers)
-            for blocker in inspection.blockers_for(binary):
-                raise blocker
-            plans[name] = _plan(task.journal, name, inspection, binary)
-        return Outcome(name, True, "The new QEMU would be started.", diff=plans[name].diff())
+            return _outcome(name, unfinished, f"The guest runs on {binary.path} already.")
+        inspection = await preflight.inspect(found[name], offers)
+        for blocker in inspection.blockers_for(binary):
+            raise blocker
+        plans[name] = _plan(task.journal, name, inspection, binary)
+        return _outcome(name, True, "The new QEMU would be started.", plans[name])
 
     async def start(name: str) -> Outcome:
         with task.journal.lock(name):
+            if recover.is_unfinished(task.journal.load(name)):
+                raise CprError(
+                    "update-under-way",
+                    "Another run began to update this guest at the same moment.",
+                    "Let one of the two runs end, then run again.",
+                )
             await launch(plans[name], timeout=task.timeout)
-        message = f"QEMU {binary.offer.version_text} waits for the guest's CPR state."
-        return Outcome(name, True, message, plans[name].update, diff=plans[name].diff())
+        return _outcome(name, True, f"QEMU {binary.offer.version_text} waits for the guest's CPR state.", plans[name])
 
-    checked = await task.for_each(task.guests, "preflight", check)
+    checked = await task.for_each(names, "preflight", check)
     if task.check_mode:
         return checked
     if any(outcome.error for outcome in checked):
         # Nothing was started, for nobody.
-        return [Outcome(item.guest, False, item.message, error=item.error) for item in checked]
+        return [item if item.error else _outcome(item.guest, False, "Nothing was started.") for item in checked]
     started = {item.guest: item for item in await task.for_each(plans, "launch", start)}
     return [started.get(item.guest, item) for item in checked]
 
 
-@contextlib.contextmanager
-def _locked(task: Task, name: str) -> t.Iterator[None]:
-    """The guest's lock; check mode writes nothing, not even that."""
-    if task.check_mode:
-        yield
-    else:
-        with task.journal.lock(name):
-            yield
+def _outcome(guest: str, changed: bool, message: str, plan: Plan | None = None) -> Outcome:
+    """:param plan: of a guest whose new QEMU waits, or would in check mode."""
+    return Outcome(
+        guest,
+        changed,
+        message,
+        plan.update if plan else None,
+        extra={"launched": plan is not None},
+        diff=plan.diff() if plan else None,
+    )
 
 
 def _plan(
     records: journal.Journal, name: str, inspection: preflight.Inspection, binary: qemu_binary.Binary
 ) -> Plan:
-    earlier = records.load(name)
-    if earlier and earlier.phase not in (None, journal.FINISHED, journal.ROLLED_BACK):
-        raise CprError(
-            "update-unfinished",
-            f"An earlier update of this guest is not finished (phase {earlier.phase}).",
-            "Undo it with vmfleet.cpr.guest_rollback, or finish it with vmfleet.cpr.guest_resume"
-            " if the guest is on the new QEMU already; the role live_update does either.",
-        )
     old = inspection.process
     observation = t.cast("t.Any", inspection.observation)
     update = journal.Update(guest=name, directory=records.path(name))

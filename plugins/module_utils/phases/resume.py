@@ -53,6 +53,7 @@ async def resume(update: journal.Update, *, timeout: float, quiet: Quiet) -> Out
     async with contextlib.AsyncExitStack() as stack:
         async with quiet.work():
             ends = await stack.enter_async_context(switch.open_ends(update, timeout))
+            await _note_run_state(update, ends.old)
         async with quiet.switch():
             started = time.monotonic()
             await switch.switch(update, ends, timeout=timeout)
@@ -63,6 +64,18 @@ async def resume(update: journal.Update, *, timeout: float, quiet: Quiet) -> Out
     old, new = failures.both(update)
     message = f"The guest went from QEMU {old.version} to {new.version}{pause}."
     return Outcome(update.guest, True, message, update)
+
+
+async def _note_run_state(update: journal.Update, monitor: Monitor) -> None:
+    """Note whether the guest runs or is paused now; somebody may have changed it since the launch."""
+    run_state = (await monitor.execute("query-status"))["status"]
+    if run_state not in ("running", "paused"):
+        raise CprError(
+            "run-state",
+            f"The guest's run state is {run_state} by now; only a running or paused one can be switched.",
+            "Roll back, bring the guest back to running, and run again.",
+        )
+    update.run_state = run_state
 
 
 async def retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor | None) -> None:

@@ -68,8 +68,9 @@ async def bring_back(update: journal.Update, monitor: Monitor, new_watch: Watch)
     await new_watch.kill()
     state = await _end_migration(monitor)
     run_state = (await monitor.execute("query-status"))["status"]
-    # A failed or cancelled migration resumes the guest by itself; a completed one does not.
-    if update.run_state == "running" and run_state != "running":
+    # A failed or cancelled migration resumes the guest by itself, unless it was paused on
+    # purpose; a completed one does not.
+    if update.run_state == "running" and run_state == "postmigrate":
         await monitor.execute("cont")
     await setup.put_back(monitor, update.restore)
     remove_traces(update)
