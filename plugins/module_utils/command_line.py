@@ -17,16 +17,13 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 
 # Whether an option takes an argument can't be told from the words themselves. Both tables
 # hold what QEMU 7.2 to 11.1 accept (x86-64); a test asks the real binaries.
-OPTIONS_WITHOUT_ARGUMENT = frozenset(
-    """
+OPTIONS_WITHOUT_ARGUMENT = frozenset("""
     S async-teardown audio-help daemonize enable-kvm enable-sync-profile full-screen h help
     jitdump mem-prealloc no-acpi no-fd-bootchk no-hpet no-reboot no-shutdown no-user-config
     nodefaults nographic old-param only-migratable perfmap portrait preconfig s semihosting
     singlestep snapshot usb version win2k-hack xen-attach xen-domid-restrict
-    """.split()
-)
-OPTIONS_WITH_ARGUMENT = frozenset(
-    """
+    """.split())
+OPTIONS_WITH_ARGUMENT = frozenset("""
     D L M accel acpitable action add-fd append audio audiodev bios blockdev boot cdrom chardev
     chroot compat cpu d debugcon device dfilter display drive dtb dump-vmstate echr fda fdb
     fsdev fw_cfg g gdb global hda hdb hdc hdd icount incoming initrd iscsi k kernel loadvm m
@@ -34,8 +31,7 @@ OPTIONS_WITH_ARGUMENT = frozenset(
     overcommit parallel pflash pidfile plugin prom-env qmp qmp-pretty readconfig rotate rtc
     run-with runas sandbox sd seed semihosting-config serial set shim smbios smp spice tpmdev
     trace usbdevice uuid vga virtfs vnc watchdog-action xen-domid
-    """.split()
-)
+    """.split())
 
 
 @dataclass(frozen=True)

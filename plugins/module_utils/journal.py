@@ -85,7 +85,6 @@ class Update:
     renames: list[tuple[str, str]] = field(default_factory=list)
     durations_ms: dict[str, float] = field(default_factory=dict)
     pause_ms: float | None = None
-    error: dict[str, t.Any] | None = None
     changed_at: float = 0
     format: int = FORMAT
 

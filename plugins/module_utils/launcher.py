@@ -17,9 +17,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import process
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 
 
-def start(
-    binary: str, arguments: t.Sequence[str], surroundings: process.Surroundings, log: str
-) -> process.Identity:
+def start(binary: str, arguments: t.Sequence[str], surroundings: process.Surroundings, log: str) -> process.Identity:
     """Start a QEMU that outlives this task.
 
     It gets a session of its own, so that no hang-up of the task's terminal reaches it.

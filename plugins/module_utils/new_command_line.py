@@ -113,9 +113,7 @@ def qmp_paths(options: t.Sequence[Option]) -> list[str]:
     return [stable_path(path) if updated else path for path in found]
 
 
-def make(
-    options: t.Sequence[Option], *, machine_type: str, cpr_socket: str
-) -> NewCommandLine:
+def make(options: t.Sequence[Option], *, machine_type: str, cpr_socket: str) -> NewCommandLine:
     """The command line of a QEMU that takes this guest over by cpr-transfer.
 
     :param options: the old QEMU's.
@@ -167,7 +165,12 @@ def refuse_unsupported(options: t.Sequence[Option]) -> None:
         keys = {(key or "").rpartition(".")[2] for key, dummy in properties.pairs}
         if option.name == "run-with" and keys.intersection(_REFUSED_RUN_WITH):
             reason = "it ties the process to the user, root or parent that the running one started with"
-        elif option.name in ("netdev", "nic", "net", "chardev", "object") and keys & {"fd", "fds", "vhostfd", "vhostfds"}:
+        elif option.name in ("netdev", "nic", "net", "chardev", "object") and keys & {
+            "fd",
+            "fds",
+            "vhostfd",
+            "vhostfds",
+        }:
             reason = _REFUSED["add-fd"]
         elif "/dev/fdset/" in (option.value or ""):
             reason = _REFUSED["add-fd"]

@@ -13,6 +13,7 @@ import os
 import re
 import resource
 import signal
+import subprocess
 import typing as t
 from dataclasses import dataclass
 
@@ -180,9 +181,7 @@ def surroundings(pid: int) -> Surroundings:
     :raises OSError: it is gone, or it belongs to another user.
     """
     status = dict(line.split(":\t", 1) for line in _read(pid, "status").splitlines() if ":\t" in line)
-    environment = dict(
-        word.split("=", 1) for word in _read(pid, "environ").split("\0") if "=" in word
-    )
+    environment = dict(word.split("=", 1) for word in _read(pid, "environ").split("\0") if "=" in word)
     return Surroundings(
         working_directory=os.readlink(f"{PROC}/{pid}/cwd"),
         environment=environment,
@@ -224,8 +223,10 @@ def _cgroup_files(theirs: str, ours: str, mounts: str) -> t.Iterator[str]:
             left, dummy, right = mount.partition(" - ")
             root, point = left.split()[3:5]
             kind, dummy, options = right.split()[:3]
-            is_this = kind == "cgroup2" if not controllers else (
-                kind == "cgroup" and set(controllers.split(",")) <= set(options.split(","))
+            is_this = (
+                kind == "cgroup2"
+                if not controllers
+                else (kind == "cgroup" and set(controllers.split(",")) <= set(options.split(",")))
             )
             if is_this and (path + "/").startswith(root.rstrip("/") + "/"):
                 yield os.path.join(point, path[len(root.rstrip("/")) :].lstrip("/"), "cgroup.procs")
@@ -249,11 +250,13 @@ def is_owned_by_unit(pid: int) -> str | None:
     unit = systemd_unit(_read(pid, "cgroup"))
     if unit is None or not os.path.isdir("/run/systemd/system"):
         return None
-    import subprocess  # only a host with systemd needs it
-
     answer = subprocess.run(
         ["systemctl", "show", "--property=MainPID,ControlPID", "--value", unit],
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False, timeout=10, text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        check=False,
+        timeout=10,
+        text=True,
     )
     return unit if str(pid) in answer.stdout.split() else None
 

@@ -123,11 +123,22 @@ async def probe(path: str) -> Binary:
         try:
             child = subprocess.Popen(
                 [
-                    path, "-S", "-no-user-config", "-nodefaults", "-display", "none",
-                    "-machine", "none,accel=kvm:tcg",
-                    "-chardev", f"socket,id=monitor,fd={theirs.fileno()}", "-mon", "chardev=monitor,mode=control",
+                    path,
+                    "-S",
+                    "-no-user-config",
+                    "-nodefaults",
+                    "-display",
+                    "none",
+                    "-machine",
+                    "none,accel=kvm:tcg",
+                    "-chardev",
+                    f"socket,id=monitor,fd={theirs.fileno()}",
+                    "-mon",
+                    "chardev=monitor,mode=control",
                 ],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
                 pass_fds=[theirs.fileno()],
             )
         except OSError as error:

@@ -74,7 +74,9 @@ def main() -> int:
             for guest in guests.values():
                 guest.wait_for_ticks(25)
             print("Moving all of them onto QEMU 11.1 with one playbook run:\n", flush=True)
-            print(f"  ansible-playbook vmfleet.cpr.live_update -e live_update_qemu_binary={qemu(NEW_SUITE)}", flush=True)
+            print(
+                f"  ansible-playbook vmfleet.cpr.live_update -e live_update_qemu_binary={qemu(NEW_SUITE)}", flush=True
+            )
             seen = {guest.name: guest.ticks()[-1] for guest in guests.values()}
             run = live_update(qemu(NEW_SUITE), state, [guest.name for guest in guests.values()])
             if run.returncode:

@@ -1,19 +1,17 @@
 # Sourced by the scripts beside it: packages of any Debian suite, without touching this
 # machine's own apt state. Sets nothing but functions.
 
-# install_missing COMMAND PACKAGE [COMMAND PACKAGE]...: installs the packages whose command is missing.
-install_missing() {
-    missing=
-    while [ $# -gt 0 ]; do
-        command -v "$1" >/dev/null 2>&1 || missing="$missing $2"
-        shift 2
-    done
-    [ -n "$missing" ] || return 0
-    echo "Installing$missing ..."
-    [ "$(id -u)" = 0 ] || { echo "These packages are missing and only root can install them:$missing" >&2; exit 1; }
+# need COMMAND PACKAGE: installs the package if there is no such command.
+need() {
+    command -v "$1" >/dev/null 2>&1 || install_package "$2"
+}
+
+# install_package PACKAGE: installs it on this machine.
+install_package() {
+    echo "Installing $1 ..."
+    [ "$(id -u)" = 0 ] || { echo "$1 is missing, and only root can install it" >&2; exit 1; }
     apt-get update -qq
-    # shellcheck disable=SC2086
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $missing >/dev/null
+    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$1" >/dev/null
 }
 
 # debian_mirror: the address of the Debian archive that this machine's apt uses.

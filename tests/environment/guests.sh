@@ -17,7 +17,7 @@ exec 9>"$cache/lock"
 flock 9
 
 if [ ! "$cache/boot_sector.img" -nt "$sources/boot_sector.S" ]; then
-    install_missing as binutils
+    need as binutils
     as --32 -o "$cache/boot_sector.o" "$sources/boot_sector.S"
     ld -m elf_i386 -Ttext 0x7c00 --oformat binary -o "$cache/boot_sector.img" "$cache/boot_sector.o"
     truncate -s 1M "$cache/boot_sector.img" # the BIOS does not read a disk of one sector

@@ -19,9 +19,9 @@ find_python() {
     exit 1
 }
 
-install_missing python3 python3
+need python3 python3
 python=$(find_python)
-"$python" -c 'import ensurepip, venv' 2>/dev/null || install_missing no-such-command python3-venv
+"$python" -c 'import ensurepip, venv' 2>/dev/null || install_package python3-venv
 
 stamp=$(cat "$requirements"; "$python" -V; echo "$top")
 if [ "$(cat "$top/.venv/complete" 2>/dev/null)" != "$stamp" ]; then

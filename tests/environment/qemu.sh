@@ -13,7 +13,7 @@ cache=$top/.cache/qemu
 packages="qemu-system-x86 qemu-system-data qemu-system-common seabios ipxe-qemu"
 . "$top/tests/environment/apt.sh"
 
-install_missing patchelf patchelf
+need patchelf patchelf
 
 unpack() {
     suite=$1

@@ -119,8 +119,12 @@ class Guest:
         self.monitor.unlink(missing_ok=True)
         with open(self.directory / "stderr.log", "ab") as log:
             child = subprocess.Popen(
-                [binary, *self.words], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                start_new_session=True, **{"cwd": self.directory, **surroundings},
+                [binary, *self.words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                **{"cwd": self.directory, **surroundings},
             )
         self._children.append(child)
 

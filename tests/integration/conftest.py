@@ -15,7 +15,7 @@ import typing as t
 import pytest
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import launch, resume, rollback, setup, transfer
-from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import Outcome, Task
+from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
 from tests.guests.guest import NEW_SUITE, OLD_SUITE, Guest, boot_sector_guest, linux_guest, qemu
 
 
@@ -24,7 +24,15 @@ def fixture_start(tmp_path: pathlib.Path) -> t.Iterator[t.Callable[..., Guest]]:
     """Starts boot-sector guests, or Linux guests, and ends them with the test."""
     guests: list[Guest] = []
 
-    def start(name: str, *, suite: str = OLD_SUITE, linux: bool = False, owner: int = 0, surroundings: t.Any = None, **options: t.Any) -> Guest:
+    def start(
+        name: str,
+        *,
+        suite: str = OLD_SUITE,
+        linux: bool = False,
+        owner: int = 0,
+        surroundings: t.Any = None,
+        **options: t.Any,
+    ) -> Guest:
         make = linux_guest if linux else boot_sector_guest
         guest = make(name, tmp_path / name, **options)
         guests.append(guest)

@@ -40,7 +40,9 @@ def fixture_refused(host):
 
 def an_elf_for_another_processor(path: pathlib.Path) -> str:
     """A valid ELF header for AArch64 and nothing behind it."""
-    header = b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HHIQQQIHHHHHH", 2, 183, 1, 0, 64, 0, 0, 64, 56, 0, 64, 0, 0)
+    header = (
+        b"\x7fELF\x02\x01\x01" + bytes(9) + struct.pack("<HHIQQQIHHHHHH", 2, 183, 1, 0, 64, 0, 0, 64, 56, 0, 64, 0, 0)
+    )
     path.write_bytes(header)
     path.chmod(0o755)
     return str(path)
@@ -178,7 +180,9 @@ def test_the_offers_of_every_suite_are_read_from_their_schemas():
 
     offers = {suite: asyncio.run(qemu_binary.probe(qemu(suite))) for suite in ("bookworm", OLD_SUITE, NEW_SUITE)}
     assert offers["bookworm"].offer.modes == frozenset()
-    assert {"cpr-reboot", "cpr-transfer"} <= offers[OLD_SUITE].offer.modes and "cpr-exec" not in offers[OLD_SUITE].offer.modes
+    assert {"cpr-reboot", "cpr-transfer"} <= offers[OLD_SUITE].offer.modes and "cpr-exec" not in offers[
+        OLD_SUITE
+    ].offer.modes
     assert "cpr-exec" in offers[NEW_SUITE].offer.modes
     for binary in offers.values():
         assert {"events", "return-path", "multifd"} <= binary.offer.capabilities

@@ -15,11 +15,15 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 
 VALUES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 FLAGS = st.builds(
-    lambda dashes, name: Option(dashes + name), st.sampled_from(["-", "--"]), st.sampled_from(sorted(command_line.OPTIONS_WITHOUT_ARGUMENT))
+    lambda dashes, name: Option(dashes + name),
+    st.sampled_from(["-", "--"]),
+    st.sampled_from(sorted(command_line.OPTIONS_WITHOUT_ARGUMENT)),
 )
 WITH_VALUES = st.builds(
     lambda dashes, name, value: Option(dashes + name, value),
-    st.sampled_from(["-", "--"]), st.sampled_from(sorted(command_line.OPTIONS_WITH_ARGUMENT)), VALUES,
+    st.sampled_from(["-", "--"]),
+    st.sampled_from(sorted(command_line.OPTIONS_WITH_ARGUMENT)),
+    VALUES,
 )
 IMAGES = st.builds(lambda value: Option("", value), VALUES.filter(lambda value: not value.startswith("-")))
 KEYS = st.text("abcdefghij.-", min_size=1)
@@ -32,7 +36,12 @@ def test_parsing_what_was_written_changes_nothing(options):
     assert command_line.write(command_line.parse(words)) == words
 
 
-@given(st.lists(st.tuples(st.one_of(st.none(), KEYS), VALUES.filter(lambda text: "=" not in text and text)), min_size=1))
+TEXTS = VALUES.filter(lambda text: "=" not in text and text)
+# QEMU itself can't tell a comma that begins a bare word from the one before it.
+BARE = st.tuples(st.none(), TEXTS.filter(lambda text: text[0] != ","))
+
+
+@given(st.lists(st.one_of(BARE, st.tuples(KEYS, TEXTS)), min_size=1))
 def test_properties_survive_commas_in_values(pairs):
     assert Properties.read(str(Properties(pairs))).pairs == pairs
 

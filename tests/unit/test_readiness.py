@@ -14,7 +14,9 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.qemu_binary import Binary, Offer, read_schema
 
 CAPABILITIES = frozenset({"events", "return-path", "multifd", "xbzrle"})
-OFFER = Offer((10, 0, 2), "x86_64", frozenset({"normal", "cpr-reboot", "cpr-transfer"}), CAPABILITIES, frozenset({"mode"}))
+OFFER = Offer(
+    (10, 0, 2), "x86_64", frozenset({"normal", "cpr-reboot", "cpr-transfer"}), CAPABILITIES, frozenset({"mode"})
+)
 NEW_OFFER = dataclasses.replace(OFFER, version=(11, 1, 3), modes=OFFER.modes | {"cpr-exec"})
 BINARY = Binary("/new", (1, 2), NEW_OFFER, frozenset({"pc-q35-10.0", "q35"}))
 READY = readiness.Observation(
@@ -40,7 +42,10 @@ def test_a_guest_that_was_started_for_it_is_ready():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"memory_backends": [{"id": "pc.ram", "size": 1, "share": False}], "aux_ram_share": False}, ["memory-not-shared"]),
+        (
+            {"memory_backends": [{"id": "pc.ram", "size": 1, "share": False}], "aux_ram_share": False},
+            ["memory-not-shared"],
+        ),
         ({"aux_ram_share": False}, ["aux-ram-not-shared"]),
         ({"aux_ram_share": None}, ["aux-ram-not-shared"]),
         ({"migration": "active"}, ["already-migrating"]),
@@ -76,7 +81,9 @@ def test_cpr_reboot_takes_private_memory_and_cpr_exec_does_not():
         (READY, dataclasses.replace(BINARY, offer=dataclasses.replace(NEW_OFFER, modes=frozenset())), ["mode-missing"]),
         (
             READY,
-            dataclasses.replace(BINARY, offer=dataclasses.replace(NEW_OFFER, architecture="aarch64"), machine_types=frozenset()),
+            dataclasses.replace(
+                BINARY, offer=dataclasses.replace(NEW_OFFER, architecture="aarch64"), machine_types=frozenset()
+            ),
             ["binary-wrong-architecture"],
         ),
     ],
@@ -117,7 +124,11 @@ def test_a_schema_without_mig_mode_offers_no_mode():
         {"name": "migrate-set-capabilities", "meta-type": "command", "arg-type": "1"},
         {"name": "1", "meta-type": "object", "members": [{"name": "capabilities", "type": "[2]"}]},
         {"name": "[2]", "meta-type": "array", "element-type": "2"},
-        {"name": "2", "meta-type": "object", "members": [{"name": "capability", "type": "3"}, {"name": "state", "type": "bool"}]},
+        {
+            "name": "2",
+            "meta-type": "object",
+            "members": [{"name": "capability", "type": "3"}, {"name": "state", "type": "bool"}],
+        },
         {"name": "3", "meta-type": "enum", "values": ["events", "return-path"]},
         {"name": "migrate-set-parameters", "meta-type": "command", "arg-type": "4"},
         {"name": "4", "meta-type": "object", "members": [{"name": "max-bandwidth", "type": "int"}]},

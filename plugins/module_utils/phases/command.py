@@ -9,11 +9,10 @@ Private to the collection.
 from __future__ import annotations
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import guests, process
-from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import Outcome, Task
+from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
 
 # What only reads, in QEMU 7.2 to 11.1. Any other command counts as a change.
-READ_ONLY = frozenset(
-    """
+READ_ONLY = frozenset("""
     device-list-properties qom-get qom-list qom-list-get qom-list-properties qom-list-types
     query-accelerators query-acpi-ospm-status query-audiodevs query-balloon query-block
     query-block-exports query-block-jobs query-blockstats query-chardev query-chardev-backends
@@ -36,8 +35,7 @@ READ_ONLY = frozenset(
     x-query-profile x-query-ramblock x-query-rdma x-query-roms x-query-usb x-query-virtio
     x-query-virtio-queue-element x-query-virtio-queue-status x-query-virtio-status
     x-query-virtio-vhost-queue-status
-    """.split()
-)
+    """.split())
 
 
 async def execute_all(task: Task) -> list[Outcome]:

@@ -13,7 +13,7 @@ import typing as t
 from ansible_collections.vmfleet.cpr.plugins.module_utils import guests, process, qemu_binary, readiness
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import preflight
-from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import Outcome, Task
+from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
 
 
 async def inspect_all(task: Task) -> list[Outcome]:
@@ -69,4 +69,6 @@ def _sentence(inspection: preflight.Inspection) -> str:
     if seen is None:
         return str(inspection.blockers[-1])
     ready = [mode for mode in readiness.MODES if not inspection.blockers_of(mode)]
-    return f"The guest is {seen.run_state} on QEMU {seen.offer.version_text}, ready for {', '.join(ready) or 'no mode'}."
+    return (
+        f"The guest is {seen.run_state} on QEMU {seen.offer.version_text}, ready for {', '.join(ready) or 'no mode'}."
+    )

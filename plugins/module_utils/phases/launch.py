@@ -27,7 +27,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import (
 )
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, preflight, recover
-from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import Outcome, Task
+from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
 
 # Seconds between two looks for the socket: it is there some 50 ms after the start.
 _POLL = 0.005
@@ -128,9 +128,7 @@ def _outcome(guest: str, changed: bool, message: str, plan: Plan | None = None) 
     )
 
 
-def _plan(
-    records: journal.Journal, name: str, inspection: preflight.Inspection, binary: qemu_binary.Binary
-) -> Plan:
+def _plan(records: journal.Journal, name: str, inspection: preflight.Inspection, binary: qemu_binary.Binary) -> Plan:
     old = inspection.process
     observation = t.cast("t.Any", inspection.observation)
     update = journal.Update(guest=name, directory=records.path(name))

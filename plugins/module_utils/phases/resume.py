@@ -19,7 +19,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, setup, switch
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 from ansible_collections.vmfleet.cpr.plugins.module_utils.quiet import Quiet
-from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import Outcome, Task
+from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
 
 DONE = (journal.FINISHED,)
 

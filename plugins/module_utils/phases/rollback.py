@@ -20,7 +20,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, setup
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
-from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import Outcome
+from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome
 
 DONE = (None, journal.FINISHED, journal.ROLLED_BACK)
 

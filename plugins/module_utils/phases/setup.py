@@ -15,7 +15,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, jour
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures
-from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import Outcome
+from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome
 
 DONE = (journal.SET_UP, *journal.COMMITTED)
 

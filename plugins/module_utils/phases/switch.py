@@ -118,7 +118,9 @@ async def _until_completed(
             await asyncio.sleep(PAUSE_LIMIT)
 
     done = asyncio.gather(completed(ends.old, old_events), completed(ends.new, new_events))
-    alarms = [asyncio.ensure_future(item) for item in (ends.new_watch.ended.wait(), ends.old_watch.ended.wait(), too_long())]
+    alarms = [
+        asyncio.ensure_future(item) for item in (ends.new_watch.ended.wait(), ends.old_watch.ended.wait(), too_long())
+    ]
     try:
         await asyncio.wait({done, *alarms}, return_when=asyncio.FIRST_COMPLETED)
         if ends.old_watch.ended.is_set():
@@ -148,6 +150,7 @@ async def _commit(update: journal.Update, ends: Ends, new_events: t.Any) -> Even
             raise await _undo(update, ends, error) from error
         raise _unclear(update, error) from error
     try:
+
         async def resumed() -> Event:
             while True:
                 event = await ends.new.next_event(new_events)

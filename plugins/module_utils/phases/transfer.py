@@ -17,7 +17,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
-from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import Outcome
+from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome
 
 DONE = (journal.TRANSFERRED, journal.SET_UP, *journal.COMMITTED)
 
@@ -96,11 +96,20 @@ async def _wait_for_new_monitor(
     deadline = time.monotonic() + timeout
 
     async def answer() -> None:
-        while not os.path.exists(new.monitor):
-            await asyncio.sleep(_POLL)
-        async with await Monitor.connect(new.monitor, timeout) as new_monitor:
+        async with await connect() as new_monitor:
             while (await new_monitor.execute("query-status"))["status"] != "inmigrate":
                 await asyncio.sleep(_POLL)
+
+    async def connect() -> Monitor:
+        while True:
+            if os.path.exists(new.monitor):
+                try:
+                    return await Monitor.connect(new.monitor, timeout)
+                except CprError as error:
+                    # It is bound a moment before it listens, and silent until QEMU has started.
+                    if error.code != "monitor-unreachable":
+                        raise
+            await asyncio.sleep(_POLL)
 
     answering = asyncio.ensure_future(answer())
     ends = [asyncio.ensure_future(watch.ended.wait()) for watch in (new_watch, old_watch)]
