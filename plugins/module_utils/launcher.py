@@ -8,9 +8,10 @@ Private to the collection.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
-import subprocess
+import signal
 import typing as t
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import process
@@ -20,53 +21,68 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 def start(binary: str, arguments: t.Sequence[str], surroundings: process.Surroundings, log: str) -> process.Identity:
     """Start a QEMU that outlives this task.
 
-    It gets a session of its own, so that no hang-up of the task's terminal reaches it.
+    It gets a session of its own, so that no hang-up of the task's terminal reaches it. It is
+    forked by hand, since neither subprocess nor asyncio leaves a child alone when it goes.
 
     :param log: where its standard output and error go; appended to.
     :raises CprError: ``launch-failed`` if it can't be started at all.
     """
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-
-    def enter_surroundings() -> None:
-        # In the child, before exec. Raising limits and joining a cgroup need the privileges
-        # that the last lines give up.
-        os.setsid()
-        for path in surroundings.cgroups:
-            with open(path, "w", encoding="ascii") as stream:
-                stream.write("0")
-        for number, pair in surroundings.limits.items():
-            resource.setrlimit(number, pair)
-        os.setpriority(os.PRIO_PROCESS, 0, surroundings.nice)
-        with open(f"{process.PROC}/self/oom_score_adj", "w", encoding="ascii") as stream:
-            stream.write(str(surroundings.out_of_memory_score))
-        os.umask(surroundings.umask)
-        if os.geteuid() == 0:
-            os.setgroups(surroundings.groups)
-            os.setresgid(surroundings.group, surroundings.group, surroundings.group)
-            os.setresuid(surroundings.user, surroundings.user, surroundings.user)
-
-    try:
-        child = subprocess.Popen(
-            [binary, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=descriptor,
-            stderr=descriptor,
-            cwd=surroundings.working_directory,
-            env=surroundings.environment,
-            preexec_fn=enter_surroundings,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _redirect(log)
+            _enter(surroundings)
+            os.execve(binary, [binary, *arguments], surroundings.environment)
+        except (OSError, ValueError) as error:
+            os.write(writing, str(error).encode())
+        finally:
+            os._exit(127)
+    os.close(writing)
+    with open(reading, encoding="utf-8", errors="replace") as stream:
+        failure = stream.read()  # ends when exec closes the other side
+    if failure:
+        os.waitpid(pid, 0)
         raise CprError(
             "launch-failed",
-            f"{binary} could not be started like the running QEMU: {error}.",
+            f"{binary} could not be started like the running QEMU: {failure}.",
             "Run the task as root (become), so that it may take over the guest's user, limits and cgroup.",
-        ) from error
-    finally:
-        os.close(descriptor)
-    identity = process.identify(child.pid)
-    # It is nobody's child once this task has ended; its end is noticed by a pidfd.
-    child.returncode = 0
-    return identity or process.Identity(child.pid, 0)
+        )
+    # From here on it is told by pid and start time, and its end is noticed by a pidfd: once
+    # this task has ended it is nobody's child.
+    return process.identify(pid) or process.Identity(pid, 0)
+
+
+def _redirect(log: str) -> None:
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    for source, target in ((nothing, 0), (output, 1), (output, 2)):
+        os.dup2(source, target)
+    for name in os.listdir(f"{process.PROC}/self/fd"):
+        if int(name) > 2:
+            with contextlib.suppress(OSError):  # the one that listed them
+                os.set_inheritable(int(name), False)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec keeps that
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _enter(surroundings: process.Surroundings) -> None:
+    # Raising limits and joining a cgroup need the privileges that the last lines give up.
+    os.setsid()
+    for path in surroundings.cgroups:
+        with open(path, "w", encoding="ascii") as stream:
+            stream.write("0")
+    for number, pair in surroundings.limits.items():
+        resource.setrlimit(number, pair)
+    os.setpriority(os.PRIO_PROCESS, 0, surroundings.nice)
+    with open(f"{process.PROC}/self/oom_score_adj", "w", encoding="ascii") as stream:
+        stream.write(str(surroundings.out_of_memory_score))
+    os.umask(surroundings.umask)
+    os.chdir(surroundings.working_directory)
+    if os.geteuid() == 0:
+        os.setgroups(surroundings.groups)
+        os.setresgid(surroundings.group, surroundings.group, surroundings.group)
+        os.setresuid(surroundings.user, surroundings.user, surroundings.user)
 
 
 def last_words(log: str, lines: int = 5) -> str:

@@ -13,7 +13,6 @@ import os
 import re
 import resource
 import signal
-import subprocess
 import typing as t
 from dataclasses import dataclass
 
@@ -24,6 +23,8 @@ PROC = "/proc"
 # Distributions and people decorate the name: qemu-system-x86_64-11.1, .qemu-kvm-wrapped.
 _QEMU = re.compile(r"qemu-system-|qemu-kvm")
 _DELETED = " (deleted)"
+# Seconds that systemd gets to answer.
+_SYSTEMD_TIMEOUT = 10.0
 
 # The rows of /proc/PID/limits, by what the kernel calls them (fs/proc/base.c).
 _LIMITS = {
@@ -245,20 +246,15 @@ def systemd_unit(cgroup: str) -> str | None:
     return None
 
 
-def is_owned_by_unit(pid: int) -> str | None:
+async def is_owned_by_unit(pid: int) -> str | None:
     """The systemd service whose main or control process this is, or None."""
     unit = systemd_unit(_read(pid, "cgroup"))
     if unit is None or not os.path.isdir("/run/systemd/system"):
         return None
-    answer = subprocess.run(
-        ["systemctl", "show", "--property=MainPID,ControlPID", "--value", unit],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        check=False,
-        timeout=10,
-        text=True,
-    )
-    return unit if str(pid) in answer.stdout.split() else None
+    command = ["systemctl", "show", "--property=MainPID,ControlPID", "--value", unit]
+    child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
+    answer, dummy = await asyncio.wait_for(child.communicate(), _SYSTEMD_TIMEOUT)
+    return unit if str(pid) in answer.decode().split() else None
 
 
 class Watch:

@@ -9,9 +9,9 @@ Private to the collection.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
-import subprocess
 import typing as t
 from dataclasses import dataclass
 
@@ -120,26 +120,15 @@ async def probe(path: str) -> Binary:
         raise CprError("binary-not-executable", f"{path} is not executable.", f"Run chmod +x {path}.")
     ours, theirs = socket.socketpair()
     with ours, theirs:
+        descriptor = theirs.fileno()
+        words = [
+            *("-S", "-no-user-config", "-nodefaults", "-display", "none", "-machine", "none,accel=kvm:tcg"),
+            *("-chardev", f"socket,id=monitor,fd={descriptor}", "-mon", "chardev=monitor,mode=control"),
+        ]
+        pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
         try:
-            child = subprocess.Popen(
-                [
-                    path,
-                    "-S",
-                    "-no-user-config",
-                    "-nodefaults",
-                    "-display",
-                    "none",
-                    "-machine",
-                    "none,accel=kvm:tcg",
-                    "-chardev",
-                    f"socket,id=monitor,fd={theirs.fileno()}",
-                    "-mon",
-                    "chardev=monitor,mode=control",
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                pass_fds=[theirs.fileno()],
+            child = await asyncio.create_subprocess_exec(
+                path, *words, stdin=nothing, stdout=nothing, stderr=pipe, pass_fds=[descriptor]
             )
         except OSError as error:
             raise CprError(
@@ -148,19 +137,21 @@ async def probe(path: str) -> Binary:
                 "Give a QEMU that is built for this host's processor.",
             ) from error
         theirs.close()
-        with child:
-            try:
-                return await _ask_child(path, child, ours)
-            finally:
+        try:
+            return await _ask_child(path, child, ours)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
                 child.kill()
+            await child.communicate()
 
 
-async def _ask_child(path: str, child: subprocess.Popen[bytes], connection: socket.socket) -> Binary:
+async def _ask_child(path: str, child: asyncio.subprocess.Process, connection: socket.socket) -> Binary:
     try:
         monitor = await Monitor.adopt(connection, path, START_TIMEOUT)
     except CprError:
-        child.kill()
-        words = child.stderr.read().decode(errors="replace").strip().splitlines() if child.stderr else []
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        words = (await child.communicate())[1].decode(errors="replace").strip().splitlines()
         raise CprError(
             "binary-not-qemu",
             f"{path} does not start as a QEMU system emulator: {words[-1] if words else 'it says nothing'}.",

@@ -19,18 +19,24 @@ HYPERVISOR_PYTHON = os.path.realpath(sys.executable)
 
 
 def live_update(
-    binary: str, state: pathlib.Path, guests: t.Sequence[str], *words: str, **variables: t.Any
+    binary: str,
+    state: pathlib.Path,
+    guests: t.Sequence[str],
+    *words: str,
+    python: str = HYPERVISOR_PYTHON,
+    **variables: t.Any,
 ) -> subprocess.CompletedProcess[str]:
     """Run the playbook vmfleet.cpr.live_update on this machine.
 
     :param state: the state directory.
     :param words: further arguments of ``ansible-playbook``.
+    :param python: the Python that the modules run on.
     :param variables: further ``live_update_*`` variables, without the prefix.
     """
     values = {"qemu_binary": binary, "state_directory": str(state), "guests": guests, **variables}
     return _run(
         "ansible-playbook", "vmfleet.cpr.live_update",
-        "-e", json.dumps({f"live_update_{name}": value for name, value in values.items()}), *words,
+        "-e", json.dumps({f"live_update_{name}": value for name, value in values.items()}), *words, python=python,
     )  # fmt: skip
 
 
@@ -46,11 +52,11 @@ def module(name: str, arguments: dict[str, t.Any], *words: str) -> dict[str, t.A
     return json.JSONDecoder().raw_decode("{" + text)[0]
 
 
-def _run(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+def _run(program: str, *words: str, python: str = HYPERVISOR_PYTHON) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [
             str(TOP / ".venv" / "bin" / program), *words, "-i", "localhost,", "-c", "local",
-            "-e", f"ansible_python_interpreter={HYPERVISOR_PYTHON}",
+            "-e", f"ansible_python_interpreter={python}",
         ],
         check=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=TOP, timeout=300,
         env={**os.environ, "ANSIBLE_PIPELINING": "1", "ANSIBLE_NOCOLOR": "1"},

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 
@@ -217,6 +218,23 @@ def fixture_switched(start, host, monkeypatch):
     monkeypatch.undo()
     assert is_alive(old) and host.record(guest)["phase"] == "switched"
     return guest, old, new_pid(guest, old)
+
+
+@pytest.mark.parametrize("old_is_there", [True, False])
+def test_a_guest_whose_switch_died_right_after_the_commit_is_not_touched_but_finished(switched, host, old_is_there):
+    guest, old, new = switched
+    record = host.record(guest)
+    (host.state / "web1" / "update.json").write_text(json.dumps({**record, "phase": "switching"}))
+    if not old_is_there:
+        os.kill(old, signal.SIGKILL)
+        wait_until(lambda: guest.pids() == [new], "the old QEMU is gone")
+    (outcome,) = host.rollback(guest)
+    assert outcome.error.code == "already-committed" and is_alive(new)
+    (outcome,) = host.launch(guest)
+    assert outcome.error is None and outcome.changed
+    assert guest.pid() == new and host.record(guest)["phase"] == "finished"
+    guest.wait_for_ticks()
+    guest.check_continuity()
 
 
 @pytest.mark.parametrize("module", ["resume", "launch"])

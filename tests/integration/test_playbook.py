@@ -9,9 +9,12 @@ import json
 import os
 import pathlib
 import resource
+import subprocess
+
+import pytest
 
 from tests.guests.ansible import live_update, module
-from tests.guests.guest import NEW_SUITE, OLD_SUITE, Qmp, command_line_of, is_alive, qemu
+from tests.guests.guest import NEW_SUITE, OLD_SUITE, TOP, Qmp, command_line_of, is_alive, qemu
 
 
 def recap(run):
@@ -196,6 +199,19 @@ def test_qmp_command_reads_in_check_mode_and_changes_only_outside_of_it(start):
     answer = module("qmp_command", {"guests": ["web1"], "command": "no-such-command"})
     error = answer["guests"][0]["error"]
     assert error["code"] == "qmp-error" and error["qemu_class"] == "CommandNotFound"
+
+
+def test_a_hypervisor_with_python_3_9_and_no_library(start, tmp_path):
+    oldest = TOP / ".venv-3.9" / "bin" / "python"
+    if not oldest.exists():
+        pytest.skip("no Python 3.9 was found on this machine")
+    # What the virtual environment was made from, which has no qemu.qmp.
+    python = subprocess.run([oldest, "-c", "import sys; print(sys._base_executable)"], capture_output=True, text=True)
+    guest = start("web1")
+    run = live_update(qemu(NEW_SUITE), tmp_path / "state", ["web1"], python=python.stdout.strip())
+    assert run.returncode == 0, run.stdout
+    guest.wait_for_ticks()
+    guest.check_continuity()
 
 
 def test_nothing_of_the_librarys_gpl2_only_file_reaches_a_hypervisor(tmp_path):

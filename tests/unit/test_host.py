@@ -6,13 +6,15 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
+import pathlib
 import resource
 import subprocess
 
 import pytest
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import process
+from ansible_collections.vmfleet.cpr.plugins.module_utils import launcher, process
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.journal import FINISHED, Journal, Qemu
 from ansible_collections.vmfleet.cpr.plugins.module_utils.quiet import Quiet
@@ -113,6 +115,37 @@ def test_the_end_of_a_process_is_noticed_and_a_pid_alone_proves_nothing():
     asyncio.run(watch())
     assert not identity.is_alive()
     assert child.wait() == -9
+
+
+def test_a_started_program_gets_nothing_of_the_task_but_the_surroundings_given(tmp_path):
+    leaked = os.open(os.devnull, os.O_RDONLY)
+    os.set_inheritable(leaked, True)
+    surroundings = dataclasses.replace(
+        process.surroundings(os.getpid()), environment={"COLOUR": "green"}, working_directory=str(tmp_path), umask=0o027
+    )
+    identity = launcher.start("/bin/sleep", ["60"], surroundings, str(tmp_path / "log"))
+    try:
+        base = pathlib.Path(f"/proc/{identity.pid}")
+        assert sorted(os.listdir(base / "fd")) == ["0", "1", "2"]
+        assert (base / "environ").read_bytes() == b"COLOUR=green\0"
+        assert os.readlink(base / "cwd") == str(tmp_path)
+        status = (base / "status").read_text()
+        assert "SigIgn:\t0000000000000000" in status and "Umask:\t0027" in status
+        assert os.getsid(identity.pid) == identity.pid
+    finally:
+        os.kill(identity.pid, 9)
+        os.waitpid(identity.pid, 0)
+        os.close(leaked)
+
+
+@pytest.mark.parametrize(
+    ("binary", "limits"), [("/no/such/binary", {}), ("/bin/true", {resource.RLIMIT_NOFILE: (2, 1)})]
+)
+def test_a_program_that_cant_be_started_says_why(tmp_path, binary, limits):
+    surroundings = dataclasses.replace(process.surroundings(os.getpid()), limits=limits)
+    with pytest.raises(CprError, match=binary) as caught:
+        launcher.start(binary, [], surroundings, str(tmp_path / "log"))
+    assert caught.value.code == "launch-failed"
 
 
 def test_nobody_works_while_a_guest_is_switched():

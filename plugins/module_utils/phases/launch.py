@@ -87,6 +87,7 @@ async def launch_all(task: Task) -> list[Outcome]:
             return _outcome(name, True, "What an earlier run left behind would be cleared, and the update begun anew.")
         if earlier and unfinished:
             await recover.recover(earlier, timeout=task.timeout)
+            found.update(guests.select([name], guests.by_name(process.find(), task.journal))[1])
         if found[name].executable_id == binary.executable_id:
             return _outcome(name, unfinished, f"The guest runs on {binary.path} already.")
         inspection = await preflight.inspect(found[name], offers)

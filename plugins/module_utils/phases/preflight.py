@@ -55,7 +55,7 @@ async def inspect(qemu: QemuProcess, offers: Offers) -> Inspection:
         new_command_line.refuse_unsupported(qemu.options)
     except CprError as error:
         inspection.blockers.append(error)
-    unit = process.is_owned_by_unit(qemu.identity.pid)
+    unit = await process.is_owned_by_unit(qemu.identity.pid)
     if unit:
         inspection.blockers.append(
             CprError(

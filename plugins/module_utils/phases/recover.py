@@ -24,6 +24,8 @@ async def recover(update: journal.Update, *, timeout: float) -> None:
     :param timeout: seconds for each connection.
     :raises CprError: as `rollback.roll_back` and `resume.resume`.
     """
+    if update.phase == journal.SWITCHING and await rollback.runs_on_new(update):
+        update.enter(journal.SWITCHED)
     if update.phase == journal.SWITCHED:
         await resume.resume(update, timeout=timeout, quiet=Quiet(1))
     else:

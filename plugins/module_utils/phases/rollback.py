@@ -45,16 +45,32 @@ async def roll_back(update: journal.Update, *, timeout: float) -> Outcome:
         raise _already_committed()
     old, new = failures.both(update)
     with Watch(old.identity) as old_watch, Watch(new.identity) as new_watch:
-        if update.phase == journal.SWITCHING:
-            await _refuse_if_new_ran(update, new_watch)
+        # Before anything is killed: a task that died between the commit and its record leaves
+        # "switching" behind, and the guest on the new QEMU.
+        if update.phase == journal.SWITCHING and await runs_on_new(update):
+            raise _already_committed()
         if old_watch.ended.is_set():
             await new_watch.kill()
             remove_traces(update)
             update.enter(journal.ROLLED_BACK)
             raise failures.old_qemu_gone(update)
         async with await Monitor.connect(old.monitor, timeout) as monitor:
+            if update.phase == journal.SWITCHING and new_watch.ended.is_set():
+                await _refuse_if_new_may_have_run(monitor)
             await bring_back(update, monitor, new_watch)
     return Outcome(update.guest, True, "The guest runs on the old QEMU, as before.", update)
+
+
+async def runs_on_new(update: journal.Update) -> bool:
+    """Whether the new QEMU of an update runs the guest.
+
+    :raises CprError: as `Monitor.connect` if it is there and does not say.
+    """
+    dummy, new = failures.both(update)
+    if not new.identity.is_alive():
+        return False
+    async with await Monitor.connect(new.monitor) as monitor:
+        return (await monitor.execute("query-status"))["running"]
 
 
 async def bring_back(update: journal.Update, monitor: Monitor, new_watch: Watch) -> dict[str, t.Any]:
@@ -108,19 +124,17 @@ async def _end_migration(monitor: Monitor) -> dict[str, t.Any]:
         await asyncio.sleep(_POLL)
 
 
-async def _refuse_if_new_ran(update: journal.Update, new_watch: Watch) -> None:
-    """Refuse to bring back a guest that may have run on the new QEMU."""
-    dummy, new = failures.both(update)
-    if new_watch.ended.is_set():
+async def _refuse_if_new_may_have_run(monitor: Monitor) -> None:
+    """Refuse to go on with an old QEMU that gave the guest away to one that is gone."""
+    # In any other state it never stopped the guest, or resumed it after a failed migration.
+    if (await monitor.execute("query-status"))["status"] == "postmigrate":
         raise CprError(
             "state-unclear",
             "The task that switched the guest died, the new QEMU is gone, and it can't be told whether the guest had"
             " run on it.",
-            "If the guest had, its disks and RAM have moved on and the old QEMU must not be continued.",
+            "If it had, its disks and RAM have moved on and the old QEMU must not be continued: end it and start the"
+            " guest anew.",
         )
-    async with await Monitor.connect(new.monitor) as monitor:
-        if (await monitor.execute("query-status"))["running"]:
-            raise _already_committed()
 
 
 def _already_committed() -> CprError:

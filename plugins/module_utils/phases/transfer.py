@@ -9,6 +9,7 @@ Private to the collection.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 
@@ -23,6 +24,8 @@ DONE = (journal.TRANSFERRED, journal.SET_UP, *journal.COMMITTED)
 
 # Seconds between two looks for the new QEMU's monitor.
 _POLL = 0.005
+# Seconds in which a new QEMU that made the migration fail also exits.
+_LAST_BREATH = 0.5
 
 
 async def transfer(update: journal.Update, *, timeout: float) -> Outcome:
@@ -94,29 +97,11 @@ async def _wait_for_new_monitor(
     """Wait until the new QEMU waits for its incoming migration; notice at once what fails."""
     dummy, new = failures.both(update)
     deadline = time.monotonic() + timeout
-
-    async def answer() -> None:
-        async with await connect() as new_monitor:
-            while (await new_monitor.execute("query-status"))["status"] != "inmigrate":
-                await asyncio.sleep(_POLL)
-
-    async def connect() -> Monitor:
-        while True:
-            if os.path.exists(new.monitor):
-                try:
-                    return await Monitor.connect(new.monitor, timeout)
-                except CprError as error:
-                    # It is bound a moment before it listens, and silent until QEMU has started.
-                    if error.code != "monitor-unreachable":
-                        raise
-            await asyncio.sleep(_POLL)
-
-    answering = asyncio.ensure_future(answer())
+    answering = asyncio.ensure_future(_answer(new.monitor, new_watch, deadline))
     ends = [asyncio.ensure_future(watch.ended.wait()) for watch in (new_watch, old_watch)]
     try:
         while not answering.done():
-            left = deadline - time.monotonic()
-            await asyncio.wait({answering, *ends}, timeout=min(0.1, max(left, 0)), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({answering, *ends}, timeout=0.1, return_when=asyncio.FIRST_COMPLETED)
             if old_watch.ended.is_set():
                 raise failures.old_qemu_gone(update)
             if new_watch.ended.is_set():
@@ -125,20 +110,38 @@ async def _wait_for_new_monitor(
                 break
             state = await monitor.execute("query-migrate")
             if state.get("status") in ("failed", "cancelled"):
+                if await new_watch.wait(_LAST_BREATH):
+                    raise failures.new_qemu_exited(update)
                 raise CprError(
                     "migration-failed",
                     f"The old QEMU could not hand the CPR state over: {state.get('error-desc') or state['status']}.",
                     "The guest runs on as before. Roll back, mend what it names, and run again.",
                     qemu_description=state.get("error-desc"),
                 )
-            if left <= 0:
-                raise CprError(
-                    "new-qemu-silent",
-                    f"The new QEMU has the CPR state and its monitor did not answer within {timeout:g} s.",
-                    f"See its standard error in {update.log}, or give it more time (timeout).",
-                )
-        await answering
+        if not answering.result():
+            raise CprError(
+                "new-qemu-silent",
+                f"The new QEMU has the CPR state and its monitor did not answer within {timeout:g} s.",
+                f"See its standard error in {update.log}, or give it more time (timeout).",
+            )
     finally:
         for task in (answering, *ends):
             task.cancel()
         await asyncio.gather(answering, *ends, return_exceptions=True)
+
+
+async def _answer(path: str, new_watch: Watch, deadline: float) -> bool:
+    """Whether the new QEMU waits for its incoming migration before the deadline.
+
+    It ends by itself in every case: a connection that fails just when its task is cancelled
+    swallows the cancellation.
+    """
+    while time.monotonic() < deadline and not new_watch.ended.is_set():
+        if os.path.exists(path):
+            # It is bound a moment before it listens, and silent until QEMU has started.
+            with contextlib.suppress(CprError):
+                async with await Monitor.connect(path, deadline - time.monotonic()) as monitor:
+                    if (await monitor.execute("query-status"))["status"] == "inmigrate":
+                        return True
+        await asyncio.sleep(_POLL)
+    return False
