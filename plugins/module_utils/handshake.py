@@ -11,7 +11,7 @@ from __future__ import annotations
 import typing as t
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
-from ansible_collections.vmfleet.cpr.plugins.module_utils.qemu_binary import Offer
+from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Offer
 
 MODE = "cpr-transfer"
 

@@ -111,7 +111,11 @@ class Update:
     @property
     def log(self) -> str:
         """Where the new QEMU's standard error goes."""
-        return os.path.join(self.directory, f"qemu.{self.generation}.log")
+        return self.log_of(self.generation)
+
+    def log_of(self, generation: int) -> str:
+        """Where the standard error of a generation's QEMU goes."""
+        return os.path.join(self.directory, f"qemu.{generation}.log")
 
     def _as_dict(self) -> dict[str, t.Any]:
         # Not dataclasses.asdict: its deep copies cost a millisecond each time.

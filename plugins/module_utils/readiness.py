@@ -12,7 +12,7 @@ import typing as t
 from dataclasses import dataclass
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
-from ansible_collections.vmfleet.cpr.plugins.module_utils.qemu_binary import Binary, Offer
+from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary, Offer
 
 MODES = ("cpr-transfer", "cpr-exec", "cpr-reboot")
 

@@ -11,7 +11,7 @@ import signal
 
 import pytest
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import resume, switch
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import retire, switch
 from tests.guests.guest import Qmp, is_alive, wait_until
 
 
@@ -212,7 +212,7 @@ def fixture_switched(start, host, monkeypatch):
     async def died(*dummy):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(resume, "retire", died)
+    monkeypatch.setattr(retire, "retire", died)
     with pytest.raises(KeyboardInterrupt):
         host.resume(guest)
     monkeypatch.undo()

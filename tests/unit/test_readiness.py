@@ -11,7 +11,7 @@ import pytest
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, readiness
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
-from ansible_collections.vmfleet.cpr.plugins.module_utils.qemu_binary import Binary, Offer, read_schema
+from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary, Offer, read_schema
 
 CAPABILITIES = frozenset({"events", "return-path", "multifd", "xbzrle"})
 OFFER = Offer(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import typing as t
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import guests, process, qemu_binary, readiness
+from ansible_collections.vmfleet.cpr.plugins.module_utils import guests, offer, process, qemu_binary, readiness
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import preflight
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
@@ -35,7 +35,7 @@ async def inspect_all(task: Task) -> list[Outcome]:
     return await task.for_each(names, "preflight", one)
 
 
-def _facts(inspection: preflight.Inspection, binary: qemu_binary.Binary | None) -> dict[str, t.Any]:
+def _facts(inspection: preflight.Inspection, binary: offer.Binary | None) -> dict[str, t.Any]:
     qemu, seen = inspection.process, inspection.observation
 
     def as_dicts(blockers: t.Iterable[CprError]) -> list[dict[str, str]]:

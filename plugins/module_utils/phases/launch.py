@@ -23,6 +23,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     launcher,
     new_command_line,
     process,
+    offer,
     qemu_binary,
 )
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
@@ -38,7 +39,7 @@ class Plan:
     """A launch that nothing stands in the way of."""
 
     inspection: preflight.Inspection
-    binary: qemu_binary.Binary
+    binary: offer.Binary
     update: journal.Update
     command: new_command_line.NewCommandLine
 
@@ -129,7 +130,7 @@ def _outcome(guest: str, changed: bool, message: str, plan: Plan | None = None) 
     )
 
 
-def _plan(records: journal.Journal, name: str, inspection: preflight.Inspection, binary: qemu_binary.Binary) -> Plan:
+def _plan(records: journal.Journal, name: str, inspection: preflight.Inspection, binary: offer.Binary) -> Plan:
     old = inspection.process
     observation = t.cast("t.Any", inspection.observation)
     update = journal.Update(guest=name, directory=records.path(name))

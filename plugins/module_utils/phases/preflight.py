@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from ansible_collections.vmfleet.cpr.plugins.module_utils import guests, new_command_line, process, readiness
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
+from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import QemuProcess
-from ansible_collections.vmfleet.cpr.plugins.module_utils.qemu_binary import Binary, Offers
+from ansible_collections.vmfleet.cpr.plugins.module_utils.qemu_binary import Offers
 
 
 @dataclass

@@ -1,0 +1,96 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Gets the old QEMU out of the way of the new one, which runs the guest.
+
+Private to the collection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import time
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, setup
+from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
+
+# Seconds that the old QEMU gets to quit by itself before it is killed.
+QUIT_TIMEOUT = 10.0
+
+
+async def retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor | None) -> None:
+    """Once the guest is seen on the new QEMU, end the old one and hand its paths over.
+
+    :param monitor: the new QEMU's.
+    :param old_monitor: the old QEMU's, where it is open.
+    :raises CprError: ``guest-not-running`` if the new QEMU doesn't run the guest: the old one
+        is then left as it is, stopped; ``path-not-restored``.
+    """
+    started = time.monotonic()
+    old, new = failures.both(update)
+    status = (await monitor.execute("query-status"))["status"]
+    if status != update.run_state:
+        raise CprError(
+            "guest-not-running",
+            f"After the switch the guest's run state is {status}, not {update.run_state}.",
+            f"The old QEMU (process {old.pid}) was left stopped and must not be continued. Look at the guest.",
+        )
+    _copy_permissions(update)
+    with Watch(old.identity) as watch:
+        if not watch.ended.is_set():
+            with contextlib.suppress(CprError):  # it may exit before it answers
+                old_monitor = old_monitor or await Monitor.connect(old.monitor)
+                await old_monitor.execute("quit")
+            if not await watch.wait(QUIT_TIMEOUT):
+                await watch.kill()
+    _restore_paths(update)
+    await setup.put_back(monitor, update.restore)
+    shutil.rmtree(update.channels, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(update.log_of(update.generation - 1))
+    update.took("retire", started)
+    update.enter(journal.FINISHED)
+
+
+def _copy_permissions(update: journal.Update) -> None:
+    """Give the new sockets and pid file the old ones' owner and mode, while those are there.
+
+    Whoever started the guest may have let others in.
+    """
+    for temporary, stable in update.renames:
+        with contextlib.suppress(FileNotFoundError):
+            status = os.stat(stable)
+            os.chown(temporary, status.st_uid, status.st_gid)
+            os.chmod(temporary, stat.S_IMODE(status.st_mode))
+
+
+def _restore_paths(update: journal.Update) -> None:
+    """Rename the generation's sockets and pid file over the stable paths.
+
+    Only now: the old QEMU removes the stable paths when it exits.
+    """
+    dummy, new = failures.both(update)
+    for temporary, stable in update.renames:
+        try:
+            os.rename(temporary, stable)
+        except FileNotFoundError:
+            if not os.path.exists(stable):
+                raise _path_not_restored(stable, "it is gone") from None
+        except OSError as error:
+            raise _path_not_restored(stable, error.strerror) from error
+        if new.monitor == temporary:
+            new.monitor = stable
+
+
+def _path_not_restored(path: str, why: str) -> CprError:
+    return CprError(
+        "path-not-restored",
+        f"The guest runs on the new QEMU, but {path} could not be given to it: {why}.",
+        "Mend the directory and run again.",
+    )
