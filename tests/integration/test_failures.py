@@ -202,6 +202,52 @@ def test_what_a_dead_run_left_before_the_switch_is_undone_by_the_next(start, hos
     guest.check_continuity()
 
 
+@pytest.fixture(name="stranded")
+def fixture_stranded(start, host, monkeypatch):
+    """A guest whose run died within the pause, before the commit; both pids."""
+    guest = start("web1")
+    old = guest.pid()
+    host.until("setup", guest)
+    _die_in(monkeypatch, switch, "_commit", host, guest)
+    assert guest.status() == "postmigrate" and host.record(guest)["phase"] == "switching"
+    return guest, old, new_pid(guest, old)
+
+
+def _die_in(monkeypatch, module, function, host, guest):
+    async def died(*dummy):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, function, died)
+    with pytest.raises(KeyboardInterrupt):
+        host.resume(guest)
+    monkeypatch.undo()
+
+
+def test_a_guest_whose_run_died_within_the_pause_is_brought_back_by_rollback(stranded, host):
+    guest, old, new = stranded
+    (outcome,) = host.rollback(guest)
+    assert outcome.error is None and not is_alive(new)
+    check_back_and_able_to_go(guest, host, old)
+
+
+def test_a_guest_whose_run_died_within_the_pause_is_updated_by_the_next_run(stranded, host):
+    guest, old, new = stranded
+    host.until("resume", guest)
+    assert guest.pid() not in (old, new) and guest.version().startswith("11.1.")
+    guest.wait_for_ticks()
+    guest.check_continuity()
+
+
+def test_nothing_is_done_where_it_cant_be_told_whether_the_guest_ran_on_the_new_qemu(stranded, host):
+    guest, old, new = stranded
+    os.kill(new, signal.SIGKILL)
+    wait_until(lambda: guest.pids() == [old], "the new QEMU is dead")
+    for module in (host.rollback, host.launch):
+        (outcome,) = module(guest)
+        assert outcome.error.code == "state-unclear"
+        assert guest.pids() == [old] and guest.status() == "postmigrate"
+
+
 @pytest.fixture(name="switched")
 def fixture_switched(start, host, monkeypatch):
     """A guest on its new QEMU whose run died before it retired the old one; both pids."""
@@ -209,13 +255,7 @@ def fixture_switched(start, host, monkeypatch):
     old = guest.pid()
     host.until("setup", guest)
 
-    async def died(*dummy):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(retire, "retire", died)
-    with pytest.raises(KeyboardInterrupt):
-        host.resume(guest)
-    monkeypatch.undo()
+    _die_in(monkeypatch, retire, "retire", host, guest)
     assert is_alive(old) and host.record(guest)["phase"] == "switched"
     return guest, old, new_pid(guest, old)
 

@@ -209,7 +209,9 @@ def test_a_hypervisor_with_python_3_9_and_no_library(start, tmp_path):
     if not oldest.exists():
         pytest.skip("no Python 3.9 was found on this machine")
     # What the virtual environment was made from, which has no qemu.qmp.
-    python = subprocess.run([oldest, "-c", "import sys; print(sys._base_executable)"], capture_output=True, text=True)
+    python = subprocess.run(
+        [oldest, "-c", "import sys; print(sys._base_executable)"], check=True, capture_output=True, text=True
+    )
     guest = start("web1")
     run = live_update(qemu(NEW_SUITE), tmp_path / "state", ["web1"], python=python.stdout.strip())
     assert run.returncode == 0, run.stdout
