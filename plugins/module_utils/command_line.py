@@ -148,9 +148,16 @@ def read_properties(option: Option) -> Properties:
     JSON has its place in ``-object``, ``-device``, ``-blockdev`` and others from QEMU 6.0 on.
     """
     value = option.value or ""
-    if not value.startswith("{"):
+    if not value.startswith("{") or option.name not in _JSON_OPTIONS:
         return Properties.read(value)
-    return Properties(_flatten(json.loads(value)))
+    try:
+        return Properties(_flatten(json.loads(value)))
+    except ValueError as error:
+        raise CprError(
+            "unreadable-option",
+            f"The guest's command line has the option {option.flag} with JSON that can't be read: {error}.",
+            "QEMU takes single quotes there, this collection does not: write it with double quotes.",
+        ) from error
 
 
 def _flatten(tree: dict[str, t.Any], prefix: str = "") -> t.Iterator[tuple[str, str]]:
@@ -183,6 +190,7 @@ def machine_properties(options: t.Iterable[Option]) -> Properties:
     )
 
 
+_JSON_OPTIONS = frozenset("audiodev blockdev compat device display incoming netdev object".split())
 MASK = "********"
 _SECRET_KEYS = ("password", "passwd", "key-data")
 _URL_PASSWORD = re.compile(r"(?<=://)([^:/@\s,]*):([^@/\s,]+)(?=@)")

@@ -59,6 +59,36 @@ def capabilities_to_set(
     ]
 
 
+def differing_disks(old: t.Iterable[t.Mapping[str, t.Any]], new: t.Iterable[t.Mapping[str, t.Any]]) -> list[str]:
+    """The disks that have another image in the new QEMU, each with both images.
+
+    The new QEMU opens what the command line says. A snapshot, a mirror or a change of media
+    since the start has put another image under the running guest, and the migration stream
+    does not tell.
+
+    :param old: what ``query-block`` returned on the old QEMU.
+    :param new: what it returned on the new one.
+    """
+
+    def images(answer: t.Iterable[t.Mapping[str, t.Any]]) -> dict[str, tuple[t.Any, ...]]:
+        return {
+            item.get("qdev")
+            or item["device"]: (
+                item.get("inserted", {}).get("file"),
+                item.get("inserted", {}).get("backing_file"),
+            )
+            for item in answer
+        }
+
+    before, after = images(old), images(new)
+    return [
+        f"{name}: {before.get(name, ('no such disk',))[0] or 'empty'} in the old QEMU,"
+        f" {after.get(name, ('no such disk',))[0] or 'empty'} in the new"
+        for name in sorted({*before, *after})
+        if before.get(name) != after.get(name)
+    ]
+
+
 def capabilities_to_restore(
     current: t.Iterable[t.Mapping[str, t.Any]], changes: t.Iterable[t.Mapping[str, t.Any]]
 ) -> list[dict[str, t.Any]]:

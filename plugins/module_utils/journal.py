@@ -23,19 +23,19 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Identit
 
 FORMAT = 1
 
-# The phases of an update, in order. The guest runs on the old QEMU in all of PENDING, on the
-# new one in all of COMMITTED, and in neither for some milliseconds of SWITCHING.
+# The phases of an update, in order. The guest runs on the old QEMU up to SET_UP, on the new one
+# in all of COMMITTED, and in neither for some milliseconds of SWITCHING.
 LAUNCHING = "launching"
 LAUNCHED = "launched"
 TRANSFERRING = "transferring"
 TRANSFERRED = "transferred"
 SET_UP = "set-up"
 SWITCHING = "switching"
+UNDOING = "undoing"  # the guest had stopped, and was not told to go on in the new QEMU
 SWITCHED = "switched"
 FINISHED = "finished"
 ROLLED_BACK = "rolled-back"
 
-PENDING = (LAUNCHING, LAUNCHED, TRANSFERRING, TRANSFERRED, SET_UP)
 COMMITTED = (SWITCHED, FINISHED)
 
 

@@ -62,7 +62,7 @@ def _redirect(log: str) -> None:
         if int(name) > 2:
             with contextlib.suppress(OSError):  # the one that listed them
                 os.set_inheritable(int(name), False)
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and exec keeps that
+    for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP):  # ignored here, and exec keeps that
         signal.signal(number, signal.SIG_DFL)
 
 

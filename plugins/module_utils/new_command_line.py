@@ -172,6 +172,10 @@ def refuse_unsupported(options: t.Sequence[Option]) -> None:
             "vhostfds",
         }:
             reason = _REFUSED["add-fd"]
+        elif option.name == "drive" and properties.is_on("snapshot"):
+            reason = _REFUSED["snapshot"]
+        elif _is_socket_not_carried(option, properties):
+            reason = "this form of a UNIX socket is not carried over yet"
         elif "/dev/fdset/" in (option.value or ""):
             reason = _REFUSED["add-fd"]
         elif "vhost-user" in (properties.implied or properties.get("driver") or properties.get("type") or ""):
@@ -188,6 +192,17 @@ def refuse_unsupported(options: t.Sequence[Option]) -> None:
                 f"The guest's command line has the option {option.flag}, and {reason}.",
                 "Start the guest without it when it next starts, or leave this guest out of live_update_guests.",
             )
+
+
+def _is_socket_not_carried(option: Option, properties: Properties) -> bool:
+    """Whether both QEMUs would bind one path, and the old one's exit remove it."""
+    value = option.value or ""
+    return (
+        (option.name in _SHORT_CHARDEVS and value.startswith("mon:unix:"))
+        or (option.name == "netdev" and properties.is_on("server") and properties.get("addr.type") == "unix")
+        or (option.name == "spice" and properties.is_on("unix"))
+        or (option.name == "display" and value.startswith("vnc=unix:"))
+    )
 
 
 def _bound_path(option: Option) -> str | None:
@@ -214,11 +229,24 @@ def _with_bound_path(option: Option, path: str) -> Option:
     if option.name == "pidfile":
         return Option(option.flag, path)
     if option.name == "chardev":
-        return Option(option.flag, str(read_properties(option).with_value("path", path)))
+        return Option(option.flag, str(_without_wait(read_properties(option).with_value("path", path))))
     properties = Properties.read((option.value or "")[len("unix:") :])
     if properties.implied is None:
-        return Option(option.flag, f"unix:{properties.with_value('path', path)}")
-    return Option(option.flag, f"unix:{Properties([(None, path), *properties.pairs[1:]])}")
+        properties = properties.with_value("path", path)
+    else:
+        properties = Properties([(None, path), *properties.pairs[1:]])
+    # VNC waits for nobody and has no such key.
+    return Option(option.flag, f"unix:{properties if option.name == 'vnc' else _without_wait(properties)}")
+
+
+def _without_wait(properties: Properties) -> Properties:
+    """A server socket that does not wait for a client, as QEMU by default does.
+
+    The client that the old QEMU waited for is connected to that one; the new one would never
+    start.
+    """
+    pairs = [pair for pair in properties.pairs if pair not in ((None, "wait"), (None, "nowait"))]
+    return Properties(pairs).with_value("wait", "off")
 
 
 def _serial_number(options: t.Sequence[Option], index: int) -> int:

@@ -9,6 +9,7 @@ Private to the collection.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 import resource
@@ -235,26 +236,49 @@ def _cgroup_files(theirs: str, ours: str, mounts: str) -> t.Iterator[str]:
 
 
 def systemd_unit(cgroup: str) -> str | None:
-    """The service unit whose cgroup a process is in, or None.
+    """The service unit in whose cgroup, or below it, a process is; None without one.
+
+    A service of a user's own manager is given with that manager before it.
 
     :param cgroup: its ``/proc/PID/cgroup``.
     """
     for line in cgroup.splitlines():
-        last = line.rpartition("/")[2]
-        if (line.startswith("0::") or ":name=systemd:" in line) and last.endswith(".service"):
-            return last
+        if line.startswith("0::") or ":name=systemd:" in line:
+            services = [name for name in line.split("/") if name.endswith(".service")]
+            if services and not services[-1].startswith("user@"):
+                return "/".join(services[-2:]) if services[0].startswith("user@") else services[-1]
     return None
 
 
 async def is_owned_by_unit(pid: int) -> str | None:
-    """The systemd service whose main or control process this is, or None."""
+    """The systemd service whose main or control process this is or comes from, or None.
+
+    :raises CprError: ``systemd-silent`` if systemd doesn't answer.
+    """
     unit = systemd_unit(_read(pid, "cgroup"))
     if unit is None or not os.path.isdir("/run/systemd/system"):
         return None
+    if "/" in unit:
+        return unit  # of a user's own manager, which can't be asked from here
     command = ["systemctl", "show", "--property=MainPID,ControlPID", "--value", unit]
     child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    answer, dummy = await asyncio.wait_for(child.communicate(), _SYSTEMD_TIMEOUT)
-    return unit if str(pid) in answer.decode().split() else None
+    try:
+        answer, dummy = await asyncio.wait_for(child.communicate(), _SYSTEMD_TIMEOUT)
+    except asyncio.TimeoutError:
+        child.kill()
+        raise CprError(
+            "systemd-silent",
+            f"systemd did not say within {_SYSTEMD_TIMEOUT:g} s what the unit {unit} consists of.",
+            "See whether `systemctl status` works on this host.",
+        ) from None
+    return unit if set(answer.decode().split()).intersection(map(str, _lineage(pid))) else None
+
+
+def _lineage(pid: int) -> t.Iterator[int]:
+    """A process and all that it comes from, but for the first process of all."""
+    while pid > 1:
+        yield pid
+        pid = int(_read(pid, "stat").rpartition(")")[2].split()[1])
 
 
 class Watch:
@@ -268,10 +292,9 @@ class Watch:
         self.identity = identity
         self.ended: asyncio.Event = asyncio.Event()
         self._descriptor: int | None = None
-        try:
-            self._descriptor = os.pidfd_open(identity.pid)
-        except ProcessLookupError:
-            pass
+        if identity.pid > 0:  # 0 stands for one that was not started yet
+            with contextlib.suppress(ProcessLookupError):
+                self._descriptor = os.pidfd_open(identity.pid)
         if self._descriptor is None or not identity.is_alive():
             self.close()
             self.ended.set()

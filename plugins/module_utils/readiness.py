@@ -28,6 +28,7 @@ class Observation:
     :ivar run_state: of ``query-status``.
     :ivar migration: the status of ``query-migrate``, None where there never was one.
     :ivar memory_backends: what ``query-memdev`` returned.
+    :ivar block_jobs: the devices or ids of ``query-block-jobs``.
     :ivar aux_ram_share: the machine's property, None before QEMU 10.0, which lacks it.
     """
 
@@ -37,6 +38,7 @@ class Observation:
     memory_backends: t.Sequence[t.Mapping[str, t.Any]]
     aux_ram_share: bool | None
     offer: Offer
+    block_jobs: t.Sequence[str] = ()
 
 
 def blockers(observation: Observation, mode: str) -> list[CprError]:
@@ -60,6 +62,15 @@ def blockers(observation: Observation, mode: str) -> list[CprError]:
                 "already-migrating",
                 f"The guest is already migrating (status: {observation.migration}).",
                 "Wait for that migration to end, or cancel it with migrate_cancel.",
+            )
+        )
+    if observation.block_jobs:
+        found.append(
+            CprError(
+                "block-job-running",
+                f"The guest has a block job running ({', '.join(observation.block_jobs)}), which the new QEMU would"
+                " not have.",
+                "Wait for it to end, or cancel it.",
             )
         )
     if observation.run_state not in ("running", "paused"):

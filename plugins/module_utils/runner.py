@@ -9,6 +9,7 @@ Private to the collection.
 from __future__ import annotations
 
 import asyncio
+import signal
 import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
@@ -37,6 +38,8 @@ def run(module: AnsibleModule, function: t.Callable[[Task], t.Awaitable[list[Out
 
     A failure that concerns the whole host returns no ``guests``.
     """
+    # A dropped connection must not tear a task out of the middle of a switch.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         _check_arguments(module.params)
         qmp_library.make_available(module.params["qmp_library"], module.tmpdir)

@@ -11,7 +11,9 @@ import signal
 
 import pytest
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import retire, switch
+from ansible_collections.vmfleet.cpr.plugins.module_utils import launcher
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import retire, rollback, switch
 from tests.guests.guest import Qmp, is_alive, wait_until
 
 
@@ -200,6 +202,61 @@ def test_what_a_dead_run_left_before_the_switch_is_undone_by_the_next(start, hos
     assert not is_alive(leftover) and guest.pid() not in (old, leftover)
     guest.wait_for_ticks()
     guest.check_continuity()
+
+
+def test_a_disk_that_was_snapshotted_since_the_start_is_refused_before_the_switch(start, host):
+    guest = start("web1")
+    old = guest.pid()
+    with guest.qmp() as monitor:
+        monitor.execute(
+            "blockdev-snapshot-sync", device="disk", **{"snapshot-file": str(guest.directory / "over.qcow2")}
+        )
+    host.until("transfer", guest)
+    (outcome,) = host.setup(guest)
+    assert outcome.error.code == "disks-differ"
+    assert "over.qcow2" in outcome.error.message and "disk.img" in outcome.error.message
+    host.rollback(guest)
+    assert guest.pid() == old and guest.status() == "running"
+    guest.wait_for_ticks()
+    guest.check_continuity()
+
+
+def test_a_launch_that_failed_leaves_nothing_behind(start, host, monkeypatch):
+    guest = start("web1")
+    old = guest.pid()
+
+    def refuse(*dummy):
+        raise CprError("launch-failed", "The host refused.")
+
+    monkeypatch.setattr(launcher, "start", refuse)
+    (outcome,) = host.launch(guest)
+    assert outcome.error.code == "launch-failed"
+    monkeypatch.undo()
+    (outcome,) = host.rollback(guest)
+    assert outcome.error is None and not outcome.changed
+    check_back_and_able_to_go(guest, host, old)
+
+
+def test_an_undo_that_died_is_finished_by_the_next_run(start, host, monkeypatch):
+    guest = start("web1")
+    old = guest.pid()
+    host.until("setup", guest)
+    with Qmp(str(guest.monitor) + ".cpr1") as monitor:
+        monitor.execute("migrate-set-capabilities", capabilities=[{"capability": "multifd", "state": True}])
+    _die_in(monkeypatch, rollback, "_end_migration", host, guest)
+    assert guest.pids() == [old] and host.record(guest)["phase"] == "undoing"
+    (outcome,) = host.rollback(guest)
+    assert outcome.error is None
+    check_back_and_able_to_go(guest, host, old)
+
+
+def test_a_new_qemu_that_ends_after_the_commit_is_told_from_one_that_can_be_undone(switched, host):
+    guest, old, new = switched
+    os.kill(new, signal.SIGKILL)
+    wait_until(lambda: guest.pids() == [old], "the new QEMU is dead")
+    (outcome,) = host.resume(guest)
+    assert outcome.error.code == "new-qemu-gone" and str(old) in outcome.error.hint
+    assert guest.status() == "postmigrate"
 
 
 @pytest.fixture(name="stranded")

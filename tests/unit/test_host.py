@@ -94,6 +94,9 @@ def test_our_own_limits_read_like_the_c_library_says():
         ("12:cpu:/\n1:name=systemd:/system.slice/a.service\n0::/\n", "a.service"),
         ("0::/user.slice/user-0.slice/session-3.scope\n", None),
         ("0::/\n", None),
+        ("0::/system.slice/a.service/vm\n", "a.service"),
+        ("0::/user.slice/user-1000.slice/user@1000.service/app.slice/vm.service\n", "user@1000.service/vm.service"),
+        ("0::/user.slice/user-1000.slice/user@1000.service/app.slice/run-1.scope\n", None),
     ],
 )
 def test_a_service_unit_is_told_from_a_scope(cgroup, unit):
@@ -107,6 +110,8 @@ def test_the_end_of_a_process_is_noticed_and_a_pid_alone_proves_nothing():
     assert not process.Identity(child.pid, identity.start_time + 1).is_alive()
 
     async def watch():
+        with process.Watch(process.Identity(0, 0)) as never_started:
+            assert never_started.ended.is_set()
         with process.Watch(identity) as living, process.Watch(process.Identity(child.pid, 1)) as other:
             assert other.ended.is_set()
             assert not await living.wait(0.01)

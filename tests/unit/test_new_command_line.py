@@ -51,17 +51,17 @@ def test_the_machine_type_is_pinned(before, after):
         ),
         (
             ["-monitor", "unix:a.hmp,server,nowait"],
-            ["-monitor", "unix:a.hmp.cpr1,server,nowait"],
+            ["-monitor", "unix:a.hmp.cpr1,server,wait=off"],
             [("a.hmp.cpr1", "a.hmp")],
         ),
         (
             ["-chardev", "socket,id=q,path=q,server=on"],
-            ["-chardev", "socket,id=q,path=q.cpr1,server=on"],
+            ["-chardev", "socket,id=q,path=q.cpr1,server=on,wait=off"],
             [("q.cpr1", "q")],
         ),
         (
             ["-chardev", "socket,id=q,path=/a,,b,server=yes"],
-            ["-chardev", "socket,id=q,path=/a,,b.cpr1,server=yes"],
+            ["-chardev", "socket,id=q,path=/a,,b.cpr1,server=yes,wait=off"],
             [("/a,b.cpr1", "/a,b")],
         ),
         (["-vnc", "unix:/run/vnc"], ["-vnc", "unix:/run/vnc.cpr1"], [("/run/vnc.cpr1", "/run/vnc")]),
@@ -136,6 +136,11 @@ def test_the_qmp_monitors_are_found_in_all_their_forms(words, paths):
         ["-snapshot"],
         ["-loadvm", "x"],
         ["-add-fd", "fd=3,set=1"],
+        ["-drive", "file=base.qcow2,snapshot=on"],
+        ["-serial", "mon:unix:/run/con,server=on,wait=off"],
+        ["-netdev", "stream,id=n,server=on,addr.type=unix,addr.path=/n"],
+        ["-spice", "unix=on,addr=/run/spice"],
+        ["-display", "vnc=unix:/run/vnc"],
         ["-drive", "file=/dev/fdset/1,if=none"],
         ["-netdev", "tap,id=n,fd=3"],
         ["-netdev", "tap,id=n,fds=3:4,vhost=on"],
@@ -171,6 +176,6 @@ def test_everything_else_is_carried_word_by_word():
     words = [
         "-M", "type=pc-q35-10.0", "-cpu", "host,+x", "-m", "size=1G,slots=2", "-smp", "2", "-nodefaults",
         "-device", '{"driver":"virtio-net-pci","netdev":"n"}', "-netdev", "user,id=n", "disk.img", "-global", "a.b=c",
-        "-msg", "timestamp=on", "-sandbox", "on", "-run-with", "async-teardown=on", "-object", "rng-random,id=r",
+        "-msg", "timestamp=on", "-append", "{not json",  "-sandbox", "on", "-run-with", "async-teardown=on", "-object", "rng-random,id=r",
     ]  # fmt: skip
     assert words_of(make(*words)) == words

@@ -51,6 +51,7 @@ def test_a_guest_that_was_started_for_it_is_ready():
         ({"migration": "active"}, ["already-migrating"]),
         ({"migration": "setup"}, ["already-migrating"]),
         ({"run_state": "postmigrate"}, ["run-state"]),
+        ({"block_jobs": ["mirror0"]}, ["block-job-running"]),
         ({"run_state": "io-error"}, ["run-state"]),
         ({"offer": dataclasses.replace(OFFER, modes=frozenset())}, ["mode-missing"]),
     ],
@@ -117,6 +118,16 @@ def test_what_differs_is_set_and_remembered():
         {"capability": "only-here", "state": False},
     ]
     assert handshake.capabilities_to_restore(current, changes) == current[:3]
+
+
+def test_a_disk_with_another_image_is_named_with_both():
+    old = [{"device": "", "qdev": "/d0", "inserted": {"file": "new.qcow2", "backing_file": "base.qcow2"}}]
+    new = [{"device": "", "qdev": "/d0", "inserted": {"file": "base.qcow2"}}, {"device": "cd0"}]
+    assert handshake.differing_disks(old, old) == []
+    assert handshake.differing_disks(old, new) == [
+        "/d0: new.qcow2 in the old QEMU, base.qcow2 in the new",
+        "cd0: no such disk in the old QEMU, empty in the new",
+    ]
 
 
 def test_a_schema_without_mig_mode_offers_no_mode():

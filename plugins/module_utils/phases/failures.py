@@ -45,6 +45,18 @@ def old_qemu_gone(update: Update) -> CprError:
     )
 
 
+def new_qemu_gone(update: Update) -> CprError:
+    """The new QEMU ended after the guest had gone on in it."""
+    old, new = both(update)
+    return CprError(
+        "new-qemu-gone",
+        f"The guest went on in the new QEMU (process {new.pid}), which has exited since: the guest is down.",
+        f"The old QEMU (process {old.pid}), if it still is there, must not be continued: end it and start the guest"
+        " anew.",
+        qemu_description=last_words(update) or None,
+    )
+
+
 def wrong_phase(update: Update, wanted: str, module: str) -> CprError:
     """The guest's update is not where this phase begins."""
     return CprError(

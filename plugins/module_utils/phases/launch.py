@@ -183,7 +183,12 @@ async def launch(plan: Plan, *, timeout: float) -> None:
     surroundings = process.surroundings(plan.inspection.process.identity.pid)
     _make_channels(update, surroundings)
     update.enter(journal.LAUNCHING)
-    identity = launcher.start(plan.binary.path, plan.arguments, surroundings, update.log)
+    try:
+        identity = launcher.start(plan.binary.path, plan.arguments, surroundings, update.log)
+    except CprError:
+        shutil.rmtree(update.channels, ignore_errors=True)
+        update.enter(journal.ROLLED_BACK)
+        raise
     dummy, new = failures.both(update)
     new.pid, new.start_time = identity.pid, identity.start_time
     update.enter(journal.LAUNCHING)

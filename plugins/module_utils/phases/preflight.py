@@ -93,5 +93,6 @@ async def observe(monitor: Monitor, qemu: QemuProcess, offers: Offers) -> readin
         migration=(await monitor.execute("query-migrate")).get("status"),
         memory_backends=await monitor.execute("query-memdev"),
         aux_ram_share=aux_ram_share,
+        block_jobs=[job["device"] for job in await monitor.execute("query-block-jobs")],
         offer=await offers.of(qemu.executable_id, monitor),
     )

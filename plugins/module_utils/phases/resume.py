@@ -40,6 +40,8 @@ async def resume(update: journal.Update, *, timeout: float, quiet: Quiet) -> Out
     if update.phase in DONE:
         return Outcome(update.guest, False, "The guest is on the new QEMU already.", update)
     if update.phase == journal.SWITCHED:
+        if not failures.both(update)[1].identity.is_alive():
+            raise failures.new_qemu_gone(update)
         async with quiet.work(), await Monitor.connect(_new_monitor(update), timeout) as monitor:
             await retire.retire(update, monitor, None)
         return Outcome(update.guest, True, "An earlier switch was finished.", update)

@@ -34,7 +34,12 @@ async def retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor 
     """
     started = time.monotonic()
     old, new = failures.both(update)
-    status = (await monitor.execute("query-status"))["status"]
+    try:
+        status = (await monitor.execute("query-status"))["status"]
+    except CprError as error:
+        if not new.identity.is_alive():
+            raise failures.new_qemu_gone(update) from error
+        raise
     if status not in ("running", "paused"):  # somebody may have paused it since
         raise CprError(
             "guest-not-running",

@@ -62,7 +62,7 @@ async def roll_back(update: journal.Update, *, timeout: float) -> Outcome:
 
 
 async def runs_on_new(update: journal.Update) -> bool:
-    """Whether the new QEMU of an update runs the guest.
+    """Whether the new QEMU of an update runs the guest, or has run it.
 
     :raises CprError: as `Monitor.connect` if it is there and does not say.
     """
@@ -70,7 +70,9 @@ async def runs_on_new(update: journal.Update) -> bool:
     if not new.identity.is_alive():
         return False
     async with await Monitor.connect(new.monitor) as monitor:
-        return (await monitor.execute("query-status"))["running"]
+        # It goes from "inmigrate" to "paused"; what comes after that (an I/O error, a shutdown)
+        # only a guest that ran gets into.
+        return (await monitor.execute("query-status"))["status"] not in ("inmigrate", "paused")
 
 
 async def bring_back(update: journal.Update, monitor: Monitor, new_watch: Watch) -> dict[str, t.Any]:
@@ -81,6 +83,9 @@ async def bring_back(update: journal.Update, monitor: Monitor, new_watch: Watch)
     :raises CprError: ``process-not-dying``, ``qmp-timeout`` and the like: the guest is then
         where the message says.
     """
+    if update.phase == journal.SWITCHING:
+        # So that the next run knows that the old QEMU may go on, if this one dies here.
+        update.enter(journal.UNDOING)
     await new_watch.kill()
     state = await _end_migration(monitor)
     run_state = (await monitor.execute("query-status"))["status"]

@@ -45,6 +45,7 @@ async def set_up(update: journal.Update, *, timeout: float) -> Outcome:
             for whose, monitor in (("old", old_monitor), ("new", new_monitor)):
                 await _set_parameters(whose, monitor)
                 await _compare_capabilities(whose, monitor, update)
+            await _compare_disks(old_monitor, new_monitor)
     update.took("setup", started)
     update.enter(journal.SET_UP)
     names = [name for name, state in update.capabilities.items() if state]
@@ -71,6 +72,17 @@ async def _compare_capabilities(whose: str, monitor: Monitor, update: journal.Up
             "capabilities-differ",
             f"The {whose} QEMU did not take what was agreed for the migration capability {', '.join(wrong)}.",
             "The guest runs on as before. Roll back; see whether another client changes it.",
+        )
+
+
+async def _compare_disks(old: Monitor, new: Monitor) -> None:
+    wrong = handshake.differing_disks(await old.execute("query-block"), await new.execute("query-block"))
+    if wrong:
+        raise CprError(
+            "disks-differ",
+            f"The new QEMU has other disk images than the guest has now: {'; '.join(wrong)}.",
+            "The guest runs on as before. Disks that were changed since the guest's start (snapshots, mirrors, media)"
+            " can't be carried over yet.",
         )
 
 

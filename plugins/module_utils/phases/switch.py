@@ -123,6 +123,8 @@ async def _until_completed(
     ]
     try:
         await asyncio.wait({done, *alarms}, return_when=asyncio.FIRST_COMPLETED)
+        if done.done() and not done.exception() and not ends.new_watch.ended.is_set():
+            return  # also where the old QEMU is gone by now: the new one has all of the guest
         if ends.old_watch.ended.is_set():
             raise failures.old_qemu_gone(update)
         if ends.new_watch.ended.is_set():
@@ -133,7 +135,7 @@ async def _until_completed(
                 f"The new QEMU did not take the guest over within {PAUSE_LIMIT:g} s from its stop.",
                 "The host may be overloaded: try again when it is calmer.",
             )
-        await done
+        done.result()
     finally:
         for task in (done, *alarms):
             task.cancel()
@@ -167,13 +169,32 @@ async def _undo(update: journal.Update, ends: Ends, error: BaseException) -> Bas
     if ends.old_watch.ended.is_set():
         await ends.new_watch.kill()
         return failures.old_qemu_gone(update)
-    state = await rollback.bring_back(update, ends.old, ends.new_watch)
+    try:
+        state = await _bring_back(update, ends)
+    except CprError as failure:
+        failure.message = (
+            f"{error} Bringing the guest back on the old QEMU (process {failures.both(update)[0].pid}) failed too, and"
+            f" it may be down: {failure.message}"
+        )
+        failure.hint = f"{failure.hint} Running again tries once more to bring it back.".strip()
+        return failure
     if isinstance(error, CprError):
         words = failures.last_words(update)
         details = "; ".join(text for text in (state.get("error-desc"), words) if text)
         error.message += f" The guest is back on the old QEMU, as before.{f' QEMU says: {details}' if details else ''}"
         error.qemu_description = error.qemu_description or details or None
     return error
+
+
+async def _bring_back(update: journal.Update, ends: Ends) -> dict[str, t.Any]:
+    try:
+        return await rollback.bring_back(update, ends.old, ends.new_watch)
+    except CprError as failure:
+        if failure.code != "monitor-lost":
+            raise
+    # Somebody cut the connection; the old QEMU itself is there.
+    async with await Monitor.connect(failures.both(update)[0].monitor) as monitor:
+        return await rollback.bring_back(update, monitor, ends.new_watch)
 
 
 def _unclear(update: journal.Update, error: BaseException) -> CprError:
