@@ -138,6 +138,8 @@ def test_a_guest_that_fails_is_brought_back_and_the_others_go_on(start, tmp_path
     run = live_update(qemu(NEW_SUITE), tmp_path / "state", ["good", "bad"])
     assert run.returncode == 2
     assert "disk.img" in run.stdout and "[new-qemu-exited]" in run.stdout and "hunter2" not in run.stdout
+    last = run.stdout.partition("Fail if a guest was not updated")[2]
+    assert "bad: The new QEMU exited" in last and "good" not in last.partition("PLAY RECAP")[0]
     assert good.version().startswith("11.1.") and bad.version().startswith("10.0.")
     for guest in (good, bad):
         assert guest.pid()
