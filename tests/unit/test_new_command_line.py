@@ -176,6 +176,6 @@ def test_everything_else_is_carried_word_by_word():
     words = [
         "-M", "type=pc-q35-10.0", "-cpu", "host,+x", "-m", "size=1G,slots=2", "-smp", "2", "-nodefaults",
         "-device", '{"driver":"virtio-net-pci","netdev":"n"}', "-netdev", "user,id=n", "disk.img", "-global", "a.b=c",
-        "-msg", "timestamp=on", "-append", "{not json",  "-sandbox", "on", "-run-with", "async-teardown=on", "-object", "rng-random,id=r",
+        "-msg", "timestamp=on", "-append", "{not json", "-sandbox", "on", "-run-with", "async-teardown=on", "-object", "rng-random,id=r",
     ]  # fmt: skip
     assert words_of(make(*words)) == words
