@@ -38,6 +38,17 @@ options:
       - Set by the collection itself. The Python library qemu.qmp from the control node, for
         hosts that have none.
     type: str
+  run:
+    description:
+      - Set by the collection itself. The run of Ansible that the task belongs to. Until an update
+        has ended, no other run may touch it.
+    type: dict
+  ended_runs:
+    description:
+      - Set by the collection itself. Which of the runs that began updates of these guests have
+        ended, by what their control node says.
+    type: list
+    elements: str
 requirements:
   - Python 3.9 or later and Linux 5.3 or later on the hypervisor.
   - qemu.qmp 0.0.3 or later on the control node or on the hypervisor.

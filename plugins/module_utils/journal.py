@@ -31,12 +31,15 @@ TRANSFERRING = "transferring"
 TRANSFERRED = "transferred"
 SET_UP = "set-up"
 SWITCHING = "switching"
-UNDOING = "undoing"  # the guest had stopped, and was not told to go on in the new QEMU
 SWITCHED = "switched"
 FINISHED = "finished"
 ROLLED_BACK = "rolled-back"
 
 COMMITTED = (SWITCHED, FINISHED)
+ENDED = (None, FINISHED, ROLLED_BACK)
+
+# Seconds without a step after which a run that can't be asked is taken for dead.
+SILENCE = 600.0
 
 
 @dataclass
@@ -70,6 +73,9 @@ class Update:
     :ivar renames: pairs of a socket's or pid file's path during the update and its stable path.
     :ivar durations_ms: how long each phase took, milliseconds.
     :ivar pause_ms: from STOP on the old to RESUME on the new QEMU, milliseconds.
+    :ivar run: the run of Ansible that works on it: ``key``, ``who`` and ``since``; None outside
+        of one.
+    :ivar message: how the latest step ended, in a sentence.
     """
 
     guest: str
@@ -85,6 +91,8 @@ class Update:
     renames: list[tuple[str, str]] = field(default_factory=list)
     durations_ms: dict[str, float] = field(default_factory=dict)
     pause_ms: float | None = None
+    run: dict[str, str] | None = None
+    message: str | None = None
     changed_at: float = 0
     format: int = FORMAT
 
@@ -92,6 +100,11 @@ class Update:
     def record(self) -> str:
         """Where this is kept."""
         return os.path.join(self.directory, "update.json")
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a run began it and neither finished nor undid it."""
+        return self.phase not in ENDED
 
     @property
     def channels(self) -> str:
@@ -128,11 +141,13 @@ class Update:
         """
         self.durations_ms[step] = round((time.monotonic() - started) * 1000, 1)
 
-    def enter(self, phase: str) -> None:
+    def enter(self, phase: str | None, message: str | None = None) -> None:
         """Record that a phase begins or ends; it is on disk when this returns.
 
+        :param message: how the step ended, in a sentence.
         :raises CprError: ``state-directory`` if it can't be written.
         """
+        self.message = message
         self.phase = phase
         self.changed_at = time.time()
         temporary = self.record + ".new"
@@ -144,6 +159,57 @@ class Update:
             os.rename(temporary, self.record)
         except OSError as error:
             raise _unwritable(self.directory, error) from error
+
+    def commit_mark(self) -> CommitMark:
+        """The mark for the switch that begins now, not set yet.
+
+        :raises CprError: ``state-directory`` if it can't be written.
+        """
+        try:
+            return CommitMark(self._mark)
+        except OSError as error:
+            raise _unwritable(self.directory, error) from error
+
+    @property
+    def may_have_run(self) -> bool:
+        """Whether the latest switch may have told the new QEMU to run the guest."""
+        try:
+            with open(self._mark, "rb") as stream:
+                return stream.read(1) == b"1"
+        except FileNotFoundError:
+            return False
+
+    def remove_mark(self) -> None:
+        """Remove what `commit_mark` made; if that fails, the next one is made of it."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._mark)
+
+    @property
+    def _mark(self) -> str:
+        return os.path.join(self.directory, "commit")
+
+
+class CommitMark:
+    """Says whether the new QEMU may have been told to run the guest.
+
+    One byte, written over another in a file that is open before the guest stops. Unlike the
+    record it doesn't wait for the disk: it need outlive its writer only, since no guest outlives
+    the host.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self.set(False)
+
+    def set(self, told: bool) -> None:
+        """Note whether the new QEMU may have been told to run the guest."""
+        os.pwrite(self._descriptor, b"1" if told else b"0", 0)
+
+    def __enter__(self) -> CommitMark:
+        return self
+
+    def __exit__(self, *dummy: object) -> None:
+        os.close(self._descriptor)
 
 
 class Journal:
@@ -184,6 +250,13 @@ class Journal:
                 "If no update of this guest is under way, remove that directory.",
             ) from error
 
+    def guests(self) -> list[str]:
+        """The names of all guests that have a record."""
+        try:
+            return sorted(urllib.parse.unquote(name) for name in os.listdir(self.directory))
+        except OSError:
+            return []
+
     def create(self, guest: str) -> Update:
         """An empty record for a new update, not written yet.
 
@@ -220,9 +293,14 @@ class Journal:
                     "Wait for it to end, then run again.",
                 ) from None
             stream.truncate(0)
-            stream.write(f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M:%S %z')}")
+            stream.write(f"process {os.getpid()} since {local_time(time.time())}")
             stream.flush()
             yield
+
+
+def local_time(seconds: float) -> str:
+    """A time of ``time.time()`` as people read it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(seconds))
 
 
 def _private(path: str, flags: int) -> int:

@@ -18,39 +18,68 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import process
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 
 
-def start(binary: str, arguments: t.Sequence[str], surroundings: process.Surroundings, log: str) -> process.Identity:
-    """Start a QEMU that outlives this task.
+class Prepared:
+    """A child that becomes a QEMU when it is told to, and ends when nobody can tell it any more.
 
-    It gets a session of its own, so that no hang-up of the task's terminal reaches it. It is
+    Its pid and start time stay the same, so they can be recorded before there is a QEMU. It
+    gets a session of its own, so that no hang-up of the task's terminal reaches it. It is
     forked by hand, since neither subprocess nor asyncio leaves a child alone when it goes.
 
-    :param log: where its standard output and error go; appended to.
-    :raises CprError: ``launch-failed`` if it can't be started at all.
+    :ivar identity: the process that the QEMU will be.
     """
-    reading, writing = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            _redirect(log)
-            _enter(surroundings)
-            os.execve(binary, [binary, *arguments], surroundings.environment)
-        except (OSError, ValueError) as error:
-            os.write(writing, str(error).encode())
-        finally:
-            os._exit(127)
-    os.close(writing)
-    with open(reading, encoding="utf-8", errors="replace") as stream:
-        failure = stream.read()  # ends when exec closes the other side
-    if failure:
-        os.waitpid(pid, 0)
-        raise CprError(
-            "launch-failed",
-            f"{binary} could not be started like the running QEMU: {failure}.",
-            "Run the task as root (become), so that it may take over the guest's user, limits and cgroup.",
-        )
-    # From here on it is told by pid and start time, and its end is noticed by a pidfd: once
-    # this task has ended it is nobody's child.
-    return process.identify(pid) or process.Identity(pid, 0)
+
+    def __init__(self, binary: str, arguments: t.Sequence[str], surroundings: process.Surroundings, log: str) -> None:
+        """Fork.
+
+        :param log: where its standard output and error go; appended to.
+        """
+        self._binary = binary
+        waiting, self._go = os.pipe2(os.O_CLOEXEC)
+        self._failure, failed = os.pipe2(os.O_CLOEXEC)
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                os.close(self._go)
+                if not os.read(waiting, 1):  # whoever forked us is gone
+                    os._exit(0)
+                _redirect(log)
+                _enter(surroundings)
+                os.execve(binary, [binary, *arguments], surroundings.environment)
+            except (OSError, ValueError) as error:
+                os.write(failed, str(error).encode())
+            finally:
+                os._exit(127)
+        os.close(waiting)
+        os.close(failed)
+        # Nobody else can reap it, so it is there.
+        self.identity = process.identify(self._pid) or process.Identity(self._pid, 0)
+
+    def start(self) -> None:
+        """Let it become the QEMU, which outlives this task.
+
+        From then on it is told by pid and start time, and its end is noticed by a pidfd: once
+        this task has ended it is nobody's child.
+
+        :raises CprError: ``launch-failed`` if it can't be started at all.
+        """
+        os.write(self._go, b"1")
+        with open(os.dup(self._failure), encoding="utf-8", errors="replace") as stream:
+            failure = stream.read()  # ends when exec closes the other side
+        if failure:
+            raise CprError(
+                "launch-failed",
+                f"{self._binary} could not be started like the running QEMU: {failure}.",
+                "Run the task as root (become), so that it may take over the guest's user, limits and cgroup.",
+            )
+
+    def __enter__(self) -> Prepared:
+        return self
+
+    def __exit__(self, kind: object, *dummy: object) -> None:
+        os.close(self._go)
+        os.close(self._failure)
+        if kind is not None:
+            os.waitpid(self._pid, 0)
 
 
 def _redirect(log: str) -> None:

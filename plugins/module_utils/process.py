@@ -59,8 +59,16 @@ class Identity:
 
     def is_alive(self) -> bool:
         """Whether this very process still runs; one that only waits to be reaped does not."""
+        return self._letter() not in "ZX"
+
+    def is_stopped(self) -> bool:
+        """Whether a signal (SIGSTOP) or a debugger has stopped it."""
+        return self._letter() in "Tt"
+
+    def _letter(self) -> str:
+        """Its state as in ``/proc/PID/stat``; ``X``, which is dead, where the pid is another's by now."""
         state = _state(self.pid)
-        return state is not None and state == (self.start_time, True)
+        return state[1] if state and state[0] == self.start_time else "X"
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ class Surroundings:
 def identify(pid: int) -> Identity | None:
     """The process that has this pid now, or None."""
     state = _state(pid)
-    return Identity(pid, state[0]) if state and state[1] else None
+    return Identity(pid, state[0]) if state and state[1] not in "ZX" else None
 
 
 def read(pid: int) -> QemuProcess:
@@ -292,9 +300,8 @@ class Watch:
         self.identity = identity
         self.ended: asyncio.Event = asyncio.Event()
         self._descriptor: int | None = None
-        if identity.pid > 0:  # 0 stands for one that was not started yet
-            with contextlib.suppress(ProcessLookupError):
-                self._descriptor = os.pidfd_open(identity.pid)
+        with contextlib.suppress(ProcessLookupError):
+            self._descriptor = os.pidfd_open(identity.pid)
         if self._descriptor is None or not identity.is_alive():
             self.close()
             self.ended.set()
@@ -326,17 +333,18 @@ class Watch:
             return False
         return True
 
+    def send(self, number: signal.Signals) -> None:
+        """Send the process a signal, by the descriptor and not by the pid: that can't hit anybody else."""
+        if self._descriptor is not None and not self.ended.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._descriptor, number)
+
     async def kill(self, timeout: float = 10) -> None:
         """Kill the process and see it dead.
 
         :raises CprError: ``process-not-dying`` if it still is there after so many seconds.
         """
-        if self._descriptor is not None and not self.ended.is_set():
-            try:
-                # By the descriptor, not by the pid: that can't hit anybody else.
-                signal.pidfd_send_signal(self._descriptor, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        self.send(signal.SIGKILL)
         if not await self.wait(timeout):
             raise CprError(
                 "process-not-dying",
@@ -346,14 +354,14 @@ class Watch:
             )
 
 
-def _state(pid: int) -> tuple[int, bool] | None:
-    """Start time of the process with this pid and whether it lives, or None without one."""
+def _state(pid: int) -> tuple[int, str] | None:
+    """Start time of the process with this pid and the letter of its state, or None without one."""
     try:
         text = _read(pid, "stat")
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()  # the name before it may hold anything
-    return int(fields[19]), fields[0] not in "ZX"
+    return int(fields[19]), fields[0]
 
 
 def _read(pid: int | str, name: str) -> str:

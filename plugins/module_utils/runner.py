@@ -14,7 +14,7 @@ import typing as t
 
 from ansible.module_utils.basic import AnsibleModule
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import qmp_library
+from ansible_collections.vmfleet.cpr.plugins.module_utils import detached, qmp_library
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Phase, Task
 
@@ -29,33 +29,58 @@ def guests_argument_spec(**options: t.Any) -> dict[str, t.Any]:
         "timeout": {"type": "float", "default": 30.0},
         "state_directory": {"type": "path", "default": STATE_DIRECTORY},
         "qmp_library": {"type": "str", "no_log": True},
+        "run": {"type": "dict"},
+        "ended_runs": {"type": "list", "elements": "str", "no_log": False},
         **options,
     }
 
 
-def run(module: AnsibleModule, function: t.Callable[[Task], t.Awaitable[list[Outcome]]]) -> t.NoReturn:
+def run(
+    module: AnsibleModule, function: t.Callable[[Task], t.Awaitable[list[Outcome]]], *, outlives_caller: bool = False
+) -> t.NoReturn:
     """Run a whole-host function and return its guests' outcomes to Ansible.
 
-    A failure that concerns the whole host returns no ``guests``.
+    A failure that concerns the whole host returns no ``guests``. Where other runs of Ansible
+    have updates of these guests under way, nothing is done before the control node has said
+    which of them have ended.
+
+    :param outlives_caller: whether it runs in a process that goes on when the module is killed.
     """
-    # A dropped connection must not tear a task out of the middle of a switch.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def work(is_abandoned: t.Callable[[], bool]) -> dict[str, t.Any]:
+        task = Task(module.params, module.check_mode, is_abandoned)
+        try:
+            return _result(asyncio.run(_as_coroutine(function, task)), module._diff)
+        except CprError as error:
+            return {"failed": True, "msg": str(error), "error": error.as_dict()}
+
     try:
         _check_arguments(module.params)
         qmp_library.make_available(module.params["qmp_library"], module.tmpdir)
-        outcomes = asyncio.run(_as_coroutine(function, Task(module.params, module.check_mode)))
+        if module.params["run"] and module.params["ended_runs"] is None and not module.check_mode:
+            others = Task(module.params, check_mode=False).other_runs()
+            if others:
+                module.exit_json(other_runs=others)
+        result = detached.run(work) if outlives_caller and not module.check_mode else work(lambda: False)
     except CprError as error:
         module.fail_json(msg=str(error), error=error.as_dict())
-    diffs = [outcome.diff for outcome in outcomes if outcome.diff and module._diff]
+    (module.fail_json if result.pop("failed") else module.exit_json)(**result)
+
+
+def _result(outcomes: list[Outcome], show_diff: bool) -> dict[str, t.Any]:
     result: dict[str, t.Any] = {
+        "failed": any(outcome.error for outcome in outcomes),
         "changed": any(outcome.changed for outcome in outcomes),
         "guests": [outcome.as_dict() for outcome in outcomes],
-        **({"diff": diffs} if diffs else {}),
     }
+    diffs = [outcome.diff for outcome in outcomes if outcome.diff]
+    if diffs and show_diff:
+        result["diff"] = diffs
     failures = [outcome.error for outcome in outcomes if outcome.error]
     if failures:
-        module.fail_json(msg=" ".join(map(str, failures)), error=failures[0].as_dict(), **result)
-    module.exit_json(**result)
+        result.update(msg=" ".join(map(str, failures)), error=failures[0].as_dict())
+    return result
 
 
 async def _as_coroutine(function: t.Callable[[Task], t.Awaitable[list[Outcome]]], task: Task) -> list[Outcome]:
@@ -63,7 +88,7 @@ async def _as_coroutine(function: t.Callable[[Task], t.Awaitable[list[Outcome]]]
 
 
 def _check_arguments(parameters: t.Mapping[str, t.Any]) -> None:
-    for name in ("concurrency", "switch_concurrency", "timeout"):
+    for name in ("concurrency", "switch_concurrency", "timeout", "pause_limit"):
         if parameters.get(name, 1) <= 0:
             raise CprError("bad-argument", f"{name} is {parameters[name]:g}, and must be more than 0.")
 

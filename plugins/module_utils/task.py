@@ -9,11 +9,13 @@ Private to the collection.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
 import typing as t
 from dataclasses import dataclass, field
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
-from ansible_collections.vmfleet.cpr.plugins.module_utils.journal import Journal, Update
+from ansible_collections.vmfleet.cpr.plugins.module_utils.journal import SILENCE, Journal, Update, local_time
 
 
 @dataclass
@@ -71,16 +73,56 @@ class Task:
     :ivar guests: the names it was given.
     :ivar concurrency: how many guests are worked on side by side.
     :ivar timeout: seconds for each guest.
+    :ivar run: the run of Ansible that this task belongs to, ``key`` and ``who``; None outside of one.
+    :ivar ended_runs: the keys of runs that are known to have ended.
+    :ivar is_abandoned: whether whoever waits for this task is gone.
     """
 
     parameters: dict[str, t.Any]
     check_mode: bool
+    is_abandoned: t.Callable[[], bool] = lambda: False
 
     def __post_init__(self) -> None:
         self.guests: list[str] = list(dict.fromkeys(self.parameters["guests"] or []))
         self.timeout: float = self.parameters["timeout"]
         self.concurrency: int = self.parameters["concurrency"]
         self.journal = Journal(self.parameters["state_directory"])
+        self.run: dict[str, str] | None = self.parameters.get("run")
+        self.ended_runs: t.Container[str] = self.parameters.get("ended_runs") or ()
+
+    def other_runs(self) -> list[str]:
+        """The keys of other runs that have updates of these guests under way."""
+        records = map(self._record, self.guests or self.journal.guests())
+        return sorted({record.run["key"] for record in records if record and record.run and self._is_others(record)})
+
+    def _is_others(self, update: Update) -> bool:
+        return update.is_under_way and None not in (self.run, update.run) and update.run["key"] != self.run["key"]
+
+    @contextlib.contextmanager
+    def hold(self, guest: str) -> t.Iterator[Update]:
+        """A guest's record, empty if it has none, kept from every other task and run.
+
+        :raises CprError: ``guest-locked``, ``guest-held`` with who holds it and since when;
+            ``state-directory``.
+        """
+        with self.journal.lock(guest):
+            update = self.journal.load(guest) or self.journal.create(guest)
+            if self._is_others(update) and update.run["key"] not in self.ended_runs:
+                self._refuse_unless_silent(update)
+            if self.run and (update.run or {}).get("key") != self.run["key"]:
+                update.run = {**self.run, "since": local_time(time.time())}
+            yield update
+
+    def _refuse_unless_silent(self, update: Update) -> None:
+        free_at = update.changed_at + SILENCE
+        if time.time() < free_at:
+            raise CprError(
+                "guest-held",
+                f"Another run works on this guest: {update.run['who']}, since {update.run['since']}; it is {update.phase}"
+                f" since {local_time(update.changed_at)}.",
+                "Let it end, then run again. If it died: run again from its control node, which can tell, or after"
+                f" {local_time(free_at)}.",
+            )
 
     async def for_each(
         self, names: t.Iterable[str], phase: str, work: t.Callable[[str], t.Awaitable[Outcome]]
@@ -127,9 +169,14 @@ class Task:
                 record = self.journal.load(guest)
                 nothing = record is not None and record.phase in done
                 return Outcome(guest, not nothing, "Nothing would be done." if nothing else would, record)
-            with self.journal.lock(guest):
-                update = self.journal.load(guest) or self.journal.create(guest)
-                return await phase(update, timeout=self.timeout, **options)
+            with self.hold(guest) as update:
+                try:
+                    return await phase(update, timeout=self.timeout, **options)
+                except CprError as error:
+                    if update.phase:
+                        with contextlib.suppress(CprError):  # the failure itself says more
+                            update.enter(update.phase, str(error))
+                    raise
 
         return await self.for_each(self.guests, phase.__name__.replace("_", "-"), one)
 

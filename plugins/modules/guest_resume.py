@@ -16,6 +16,9 @@ description:
   - If the new QEMU fails before the guest runs on it, the guest is brought back on the old one
     by this very module; there is nothing left to undo then.
   - A guest that was paused before stays paused.
+  - A dropped connection and the end of Ansible or of this module don't interrupt it. A guest that
+    stands still by then goes on, on the new QEMU or on the old one, and the next run says which.
+    Guests whose switch has not begun stay where they are.
   - The whole way is P(vmfleet.cpr.live_update#role), which calls this module as one step.
 extends_documentation_fragment:
   - vmfleet.cpr.guests
@@ -36,6 +39,12 @@ options:
         next to nothing.
     type: int
     default: 1
+  pause_limit:
+    description:
+      - Seconds that a guest may stand still. Past them the new QEMU is killed and the guest goes on
+        in the old one. It takes milliseconds where nothing is wrong.
+    type: float
+    default: 2.0
 author:
   - vmfleet.cpr contributors (@vmfleet)
 """
@@ -118,10 +127,13 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import (
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec=guests_argument_spec(switch_concurrency={"type": "int", "default": 1}),
+        argument_spec=guests_argument_spec(
+            switch_concurrency={"type": "int", "default": 1},
+            pause_limit={"type": "float", "default": 2.0},
+        ),
         supports_check_mode=True,
     )
-    run(module, resume_all)
+    run(module, resume_all, outlives_caller=True)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 # Copyright: vmfleet.cpr contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""Sends the control node's qemu.qmp along with every module of this collection.
+"""The control node's side of every module of this collection.
 
-A hypervisor often reaches no package index, and few distributions have a package. The
-library is pure Python without dependencies and small. Private to the collection.
+It sends the control node's qemu.qmp along: a hypervisor often reaches no package index, and few
+distributions have a package. The library is pure Python without dependencies and small. And it
+says which run of Ansible the task belongs to, and which other runs have ended, which no
+hypervisor can tell. Private to the collection.
 """
 
 from __future__ import annotations
@@ -13,11 +15,16 @@ import base64
 import functools
 import importlib.util
 import io
+import os
 import pathlib
+import platform
+import pwd
 import typing as t
 import zipfile
 
 from ansible.plugins.action import ActionBase
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils import process
 
 # GPL-2.0-only, which this collection must not hand on; nothing that is used here needs it, nor
 # the programs for a terminal.
@@ -44,8 +51,48 @@ def qmp_archive() -> str | None:
     return base64.b64encode(archive.getvalue()).decode()
 
 
+def this_run() -> dict[str, str]:
+    """The run of Ansible that this task belongs to.
+
+    :returns: its ``key``, for programs, and ``who`` it is, for people.
+    """
+    pid = os.getppid()  # a task runs in a child of ansible-playbook
+    identity = process.identify(pid)
+    start_time = identity.start_time if identity else 0
+    user = pwd.getpwuid(os.getuid()).pw_name
+    return {
+        "key": f"{_control_node()} {pid} {start_time}",
+        "who": f"process {pid} of {user} on the control node {platform.node()}",
+    }
+
+
+def has_ended(key: str) -> bool:
+    """Whether a run of this control node has ended; False also where this can't be told."""
+    node, pid, start_time = key.rsplit(" ", 2)
+    if node != _control_node():
+        return False
+    identity = process.identify(int(pid))
+    if identity:
+        return identity.start_time != int(start_time)
+    try:
+        os.kill(int(pid), 0)  # where there is no /proc
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return os.path.exists("/proc/self")  # it only waits to be reaped
+
+
+def _control_node() -> str:
+    """This host, and on it this container: a pid means nothing outside of it."""
+    try:
+        return f"{platform.node()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return platform.node()
+
+
 class QmpAction(ActionBase):
-    """Runs the module of the task's own name, with the library among its arguments."""
+    """Runs the module of the task's own name, with the library and the run among its arguments."""
 
     def run(self, tmp: str | None = None, task_vars: dict[str, t.Any] | None = None) -> dict[str, t.Any]:
         """Run the module on the host.
@@ -53,6 +100,10 @@ class QmpAction(ActionBase):
         :returns: what the module returned.
         """
         result = super().run(tmp, task_vars)
-        arguments = {**self._task.args, "qmp_library": qmp_archive()}
-        result.update(self._execute_module(module_args=arguments, task_vars=task_vars))
+        arguments = {**self._task.args, "qmp_library": qmp_archive(), "run": this_run()}
+        answer = self._execute_module(module_args=arguments, task_vars=task_vars)
+        if "other_runs" in answer:
+            arguments["ended_runs"] = [key for key in answer["other_runs"] if has_ended(key)]
+            answer = self._execute_module(module_args=arguments, task_vars=task_vars)
+        result.update(answer)
         return result

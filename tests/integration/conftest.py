@@ -58,7 +58,7 @@ class Host:
         names = [guest if isinstance(guest, str) else guest.name for guest in guests]
         defaults = {
             "guests": names, "concurrency": 4, "timeout": 30.0, "state_directory": str(self.state),
-            "switch_concurrency": 1, "qemu_binary": qemu(NEW_SUITE),
+            "switch_concurrency": 1, "pause_limit": 2.0, "qemu_binary": qemu(NEW_SUITE),
         }  # fmt: skip
         return Task({**defaults, **parameters}, check_mode)
 

@@ -228,7 +228,7 @@ def test_a_launch_that_failed_leaves_nothing_behind(start, host, monkeypatch):
     def refuse(*dummy):
         raise CprError("launch-failed", "The host refused.")
 
-    monkeypatch.setattr(launcher, "start", refuse)
+    monkeypatch.setattr(launcher.Prepared, "start", refuse)
     (outcome,) = host.launch(guest)
     assert outcome.error.code == "launch-failed"
     monkeypatch.undo()
@@ -244,7 +244,7 @@ def test_an_undo_that_died_is_finished_by_the_next_run(start, host, monkeypatch)
     with Qmp(str(guest.monitor) + ".cpr1") as monitor:
         monitor.execute("migrate-set-capabilities", capabilities=[{"capability": "multifd", "state": True}])
     _die_in(monkeypatch, rollback, "_end_migration", host, guest)
-    assert guest.pids() == [old] and host.record(guest)["phase"] == "undoing"
+    assert guest.pids() == [old] and host.record(guest)["phase"] == "switching"
     (outcome,) = host.rollback(guest)
     assert outcome.error is None
     check_back_and_able_to_go(guest, host, old)
@@ -271,7 +271,7 @@ def fixture_stranded(start, host, monkeypatch):
 
 
 def _die_in(monkeypatch, module, function, host, guest):
-    async def died(*dummy):
+    def died(*dummy):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(module, function, died)
@@ -287,22 +287,58 @@ def test_a_guest_whose_run_died_within_the_pause_is_brought_back_by_rollback(str
     check_back_and_able_to_go(guest, host, old)
 
 
-def test_a_guest_whose_run_died_within_the_pause_is_updated_by_the_next_run(stranded, host):
+def test_a_guest_whose_run_died_within_the_pause_goes_on_where_it_is_complete(stranded, host):
     guest, old, new = stranded
     host.until("resume", guest)
-    assert guest.pid() not in (old, new) and guest.version().startswith("11.1.")
+    assert guest.pid() == new and not is_alive(old) and guest.version().startswith("11.1.")
     guest.wait_for_ticks()
     guest.check_continuity()
 
 
-def test_nothing_is_done_where_it_cant_be_told_whether_the_guest_ran_on_the_new_qemu(stranded, host):
+def test_a_guest_whose_old_qemu_died_within_the_pause_too_goes_on_in_the_new_one(stranded, host):
+    guest, old, new = stranded
+    os.kill(old, signal.SIGKILL)
+    wait_until(lambda: guest.pids() == [new], "the old QEMU is dead")
+    (outcome,) = host.rollback(guest)
+    assert outcome.error.code == "already-committed" and is_alive(new)
+    host.until("resume", guest)
+    assert guest.pid() == new
+    guest.wait_for_ticks()
+    guest.check_continuity()
+
+
+def test_a_guest_that_was_never_told_to_run_on_a_new_qemu_that_died_is_brought_back(stranded, host):
     guest, old, new = stranded
     os.kill(new, signal.SIGKILL)
     wait_until(lambda: guest.pids() == [old], "the new QEMU is dead")
-    for module in (host.rollback, host.launch):
+    host.rollback(guest)
+    check_back_and_able_to_go(guest, host, old)
+
+
+def _mark_as_told(host, guest):
+    (host.state / guest.name / "commit").write_bytes(b"1")
+
+
+def test_nothing_is_done_where_it_cant_be_told_whether_the_guest_ran_on_the_new_qemu(stranded, host):
+    guest, old, new = stranded
+    _mark_as_told(host, guest)
+    os.kill(new, signal.SIGKILL)
+    wait_until(lambda: guest.pids() == [old], "the new QEMU is dead")
+    for module in (host.rollback, host.launch, host.resume):
         (outcome,) = module(guest)
         assert outcome.error.code == "state-unclear"
         assert guest.pids() == [old] and guest.status() == "postmigrate"
+
+
+def test_a_guest_that_may_have_run_on_the_new_qemu_never_goes_back(stranded, host):
+    guest, old, new = stranded
+    _mark_as_told(host, guest)
+    (outcome,) = host.rollback(guest)
+    assert outcome.error.code == "already-committed" and is_alive(new) and guest.status() == "postmigrate"
+    (outcome,) = host.resume(guest)
+    assert outcome.error is None and outcome.changed and guest.pid() == new
+    guest.wait_for_ticks()
+    guest.check_continuity()
 
 
 @pytest.fixture(name="switched")
@@ -330,6 +366,20 @@ def test_a_guest_whose_switch_died_right_after_the_commit_is_not_touched_but_fin
     (outcome,) = host.launch(guest)
     assert outcome.error is None and outcome.changed
     assert guest.pid() == new and host.record(guest)["phase"] == "finished"
+    guest.wait_for_ticks()
+    guest.check_continuity()
+
+
+@pytest.mark.parametrize("step", ["_copy_permissions", "_restore_paths"])
+def test_paths_that_were_not_renamed_yet_are_by_the_next_run(start, host, monkeypatch, step):
+    guest = start("web1")
+    old = guest.pid()
+    host.until("setup", guest)
+    _die_in(monkeypatch, retire, step, host, guest)
+    assert host.record(guest)["phase"] == "switched" and (guest.directory / "qmp.sock.cpr1").exists()
+    host.until("resume", guest)
+    assert guest.pid() != old and guest.version().startswith("11.1.") and guest.status() == "running"
+    assert not list(guest.directory.glob("*.cpr*"))
     guest.wait_for_ticks()
     guest.check_continuity()
 

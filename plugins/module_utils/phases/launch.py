@@ -27,7 +27,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     qemu_binary,
 )
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, preflight, recover
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, preflight, recover, rollback
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
 
 # Seconds between two looks for the socket: it is there some 50 ms after the start.
@@ -36,12 +36,16 @@ _POLL = 0.005
 
 @dataclass
 class Plan:
-    """A launch that nothing stands in the way of."""
+    """A launch that nothing stands in the way of.
+
+    :ivar news: what the user is to hear of an earlier run.
+    """
 
     inspection: preflight.Inspection
     binary: offer.Binary
     update: journal.Update
     command: new_command_line.NewCommandLine
+    news: str = ""
 
     @property
     def arguments(self) -> list[str]:
@@ -77,36 +81,41 @@ async def launch_all(task: Task) -> list[Outcome]:
 
     async def check(name: str) -> Outcome:
         if task.check_mode:
-            return await judge(name)
-        with task.journal.lock(name):  # it also shows that records can be written here
-            return await judge(name)
+            return await judge(name, task.journal.load(name))
+        with task.hold(name) as earlier:  # it also shows that records can be written here
+            return await judge(name, earlier)
 
-    async def judge(name: str) -> Outcome:
-        earlier = task.journal.load(name)
-        unfinished = recover.is_unfinished(earlier)
+    async def judge(name: str, earlier: journal.Update | None) -> Outcome:
+        news = _news(earlier, task.run)
+        unfinished = earlier is not None and earlier.is_under_way
         if unfinished and task.check_mode:
             return _outcome(name, True, "What an earlier run left behind would be cleared, and the update begun anew.")
         if earlier and unfinished:
             await recover.recover(earlier, timeout=task.timeout)
+            news = f" An earlier run had left its update unfinished: {earlier.message}"
             found.update(guests.select([name], guests.by_name(process.find(), task.journal))[1])
         if found[name].executable_id == binary.executable_id:
-            return _outcome(name, unfinished, f"The guest runs on {binary.path} already.")
+            return _outcome(name, unfinished, f"The guest runs on {binary.path} already.{news}", earlier)
         inspection = await preflight.inspect(found[name], offers)
         for blocker in inspection.blockers_for(binary):
             raise blocker
         plans[name] = _plan(task.journal, name, inspection, binary)
-        return _outcome(name, True, "The new QEMU would be started.", plans[name])
+        plans[name].news = news
+        return _outcome(name, True, f"The new QEMU would be started.{news}", plan=plans[name])
 
     async def start(name: str) -> Outcome:
-        with task.journal.lock(name):
-            if recover.is_unfinished(task.journal.load(name)):
+        plan = plans[name]
+        with task.hold(name) as earlier:
+            if earlier.is_under_way:
                 raise CprError(
                     "update-under-way",
                     "Another run began to update this guest at the same moment.",
                     "Let one of the two runs end, then run again.",
                 )
-            await launch(plans[name], timeout=task.timeout)
-        return _outcome(name, True, f"QEMU {binary.offer.version_text} waits for the guest's CPR state.", plans[name])
+            plan.update.run = earlier.run
+            await launch(plan, timeout=task.timeout)
+        message = f"QEMU {binary.offer.version_text} waits for the guest's CPR state.{plan.news}"
+        return _outcome(name, True, message, plan=plan)
 
     checked = await task.for_each(names, "preflight", check)
     if task.check_mode:
@@ -118,13 +127,22 @@ async def launch_all(task: Task) -> list[Outcome]:
     return [started.get(item.guest, item) for item in checked]
 
 
-def _outcome(guest: str, changed: bool, message: str, plan: Plan | None = None) -> Outcome:
+def _news(earlier: journal.Update | None, run: dict[str, str] | None) -> str:
+    """What another run did to the guest last, since who started that one may never have heard of it."""
+    if earlier is None or earlier.message is None or (earlier.run and run and earlier.run["key"] == run["key"]):
+        return ""
+    return f" The run before ({journal.local_time(earlier.changed_at)}): {earlier.message}"
+
+
+def _outcome(
+    guest: str, changed: bool, message: str, update: journal.Update | None = None, *, plan: Plan | None = None
+) -> Outcome:
     """:param plan: of a guest whose new QEMU waits, or would in check mode."""
     return Outcome(
         guest,
         changed,
         message,
-        plan.update if plan else None,
+        plan.update if plan else update,
         extra={"launched": plan is not None},
         diff=plan.diff() if plan else None,
     )
@@ -182,24 +200,23 @@ async def launch(plan: Plan, *, timeout: float) -> None:
     started = time.monotonic()
     surroundings = process.surroundings(plan.inspection.process.identity.pid)
     _make_channels(update, surroundings)
-    update.enter(journal.LAUNCHING)
     try:
-        identity = launcher.start(plan.binary.path, plan.arguments, surroundings, update.log)
-    except CprError:
-        shutil.rmtree(update.channels, ignore_errors=True)
-        update.enter(journal.ROLLED_BACK)
+        with launcher.Prepared(plan.binary.path, plan.arguments, surroundings, update.log) as child:
+            dummy, new = failures.both(update)
+            new.pid, new.start_time = child.identity.pid, child.identity.start_time
+            update.enter(journal.LAUNCHING)
+            child.start()
+        with process.Watch(child.identity) as watch:
+            try:
+                await _wait_until_listening(update, watch, timeout)
+            except BaseException:
+                await watch.kill()
+                raise
+    except BaseException as error:
+        rollback.remove_traces(update)
+        with contextlib.suppress(CprError):  # unrecorded, the next run clears it
+            update.enter(journal.ROLLED_BACK, str(error))
         raise
-    dummy, new = failures.both(update)
-    new.pid, new.start_time = identity.pid, identity.start_time
-    update.enter(journal.LAUNCHING)
-    with process.Watch(identity) as watch:
-        try:
-            await _wait_until_listening(update, watch, timeout)
-        except BaseException:
-            await watch.kill()
-            shutil.rmtree(update.channels, ignore_errors=True)
-            update.enter(journal.ROLLED_BACK)
-            raise
     update.took("launch", started)
     update.enter(journal.LAUNCHED)
 

@@ -8,25 +8,35 @@ Private to the collection.
 
 from __future__ import annotations
 
+import contextlib
+
 from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import resume, rollback
-from ansible_collections.vmfleet.cpr.plugins.module_utils.quiet import Quiet
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, retire, rollback
+from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
+from ansible_collections.vmfleet.cpr.plugins.module_utils.verdict import COMPLETE, Verdict
 
 
-def is_unfinished(update: journal.Update | None) -> bool:
-    """Whether an earlier run began an update and neither finished nor undid it."""
-    return update is not None and update.phase not in (None, journal.FINISHED, journal.ROLLED_BACK)
-
-
-async def recover(update: journal.Update, *, timeout: float) -> None:
-    """Bring an unfinished update to an end: forward where it was committed, else back.
+async def recover(update: journal.Update, *, timeout: float) -> bool:
+    """Bring an unfinished update to an end: forward where the guest can run on new, else back.
 
     :param timeout: seconds for each connection.
-    :raises CprError: as `rollback.roll_back` and `resume.resume`.
+    :returns: whether the guest is on the new QEMU.
+    :raises CprError: as `rollback.roll_back` and `retire.retire`.
     """
-    if update.phase == journal.SWITCHING and await rollback.runs_on_new(update):
-        update.enter(journal.SWITCHED)
-    if update.phase == journal.SWITCHED:
-        await resume.resume(update, timeout=timeout, quiet=Quiet(1))
-    else:
+    old, new = failures.both(update)
+    with Watch(old.identity) as old_watch, Watch(new.identity) as new_watch:
+        verdict = await reach.judge(update, old_watch, new_watch)
+        forward = verdict in (Verdict.FORWARD, Verdict.EITHER)
+        if forward:
+            async with await reach.new_qemu(update, new_watch, timeout) as monitor:
+                if update.phase == journal.SWITCHING:
+                    status = (await monitor.execute("query-status"))["status"]
+                    if status == COMPLETE and update.run_state == "running":
+                        await monitor.execute("cont")
+                    with contextlib.suppress(CprError):  # the next run would find out once more
+                        update.enter(journal.SWITCHED)
+                await retire.retire(update, monitor, None)
+    if not forward:
         await rollback.roll_back(update, timeout=timeout)
+    return forward

@@ -9,13 +9,13 @@ Private to the collection.
 from __future__ import annotations
 
 import contextlib
-import os
 import time
+import typing as t
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, retire, switch
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, recover, retire, switch
 from ansible_collections.vmfleet.cpr.plugins.module_utils.quiet import Quiet
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
 
@@ -23,27 +23,52 @@ DONE = (journal.FINISHED,)
 
 
 async def resume_all(task: Task) -> list[Outcome]:
-    """Switch the guests of a task, a bounded number at a time; see `resume`."""
+    """Switch the guests of a task, a bounded number at a time; see `resume`.
+
+    Once nobody waits for the task any more, no further switch begins.
+    """
     quiet = Quiet(task.parameters["switch_concurrency"])
     return await task.for_each_update(
-        resume, done=DONE, would="The guest would be switched to the new QEMU.", quiet=quiet
+        resume,
+        done=DONE,
+        would="The guest would be switched to the new QEMU.",
+        quiet=quiet,
+        pause_limit=task.parameters["pause_limit"],
+        is_abandoned=task.is_abandoned,
     )
 
 
-async def resume(update: journal.Update, *, timeout: float, quiet: Quiet) -> Outcome:
+async def resume(
+    update: journal.Update,
+    *,
+    timeout: float,
+    quiet: Quiet,
+    pause_limit: float,
+    is_abandoned: t.Callable[[], bool],
+) -> Outcome:
     """Switch the guest to the new QEMU, retire the old one, restore the stable paths.
+
+    A switch whose process died is brought to its end instead.
 
     :param timeout: seconds for each connection, and until the old QEMU stops the guest.
     :param quiet: shared by all guests of a task; bounds how many are switched at a time.
-    :raises CprError: as `switch.switch` and `retire.retire`.
+    :param pause_limit: seconds that the guest may stand still before the switch is undone.
+    :param is_abandoned: whether whoever waits for the task is gone.
+    :raises CprError: ``switch-undone``, ``run-abandoned``, or as `switch.switch` and
+        `retire.retire`.
     """
     if update.phase in DONE:
         return Outcome(update.guest, False, "The guest is on the new QEMU already.", update)
-    if update.phase == journal.SWITCHED:
-        if not failures.both(update)[1].identity.is_alive():
-            raise failures.new_qemu_gone(update)
-        async with quiet.work(), await Monitor.connect(_new_monitor(update), timeout) as monitor:
-            await retire.retire(update, monitor, None)
+    if update.phase in (journal.SWITCHING, journal.SWITCHED):
+        async with quiet.work():
+            on_new = await recover.recover(update, timeout=timeout)
+        if not on_new:
+            raise CprError(
+                "switch-undone",
+                "The process that switched the guest died before the guest ran on the new QEMU. The guest is back on"
+                " the old QEMU, as before.",
+                "Run again.",
+            )
         return Outcome(update.guest, True, "An earlier switch was finished.", update)
     if update.phase != journal.SET_UP:
         raise failures.wrong_phase(update, journal.SET_UP, "migration_setup")
@@ -52,15 +77,18 @@ async def resume(update: journal.Update, *, timeout: float, quiet: Quiet) -> Out
             ends = await stack.enter_async_context(switch.open_ends(update, timeout))
             await _note_run_state(update, ends.old)
         async with quiet.switch():
+            if is_abandoned():
+                raise CprError(
+                    "run-abandoned",
+                    "The guest was not switched: whoever waited for that is gone. It runs on the old QEMU.",
+                    "Run again.",
+                )
             started = time.monotonic()
-            await switch.switch(update, ends, timeout=timeout)
+            await switch.switch(update, ends, timeout=timeout, pause_limit=pause_limit)
             update.took("switch", started)
         async with quiet.work():
             await retire.retire(update, ends.new, ends.old)
-    pause = f" after a pause of {update.pause_ms:g} ms" if update.pause_ms is not None else ""
-    old, new = failures.both(update)
-    message = f"The guest went from QEMU {old.version} to {new.version}{pause}."
-    return Outcome(update.guest, True, message, update)
+    return Outcome(update.guest, True, retire.message(update), update)
 
 
 async def _note_run_state(update: journal.Update, monitor: Monitor) -> None:
@@ -73,9 +101,3 @@ async def _note_run_state(update: journal.Update, monitor: Monitor) -> None:
             "Roll back, bring the guest back to running, and run again.",
         )
     update.run_state = run_state
-
-
-def _new_monitor(update: journal.Update) -> str:
-    """Where the new QEMU's monitor answers, whether its path was restored already or not."""
-    dummy, new = failures.both(update)
-    return new.monitor if os.path.exists(new.monitor) else dict(update.renames).get(new.monitor, new.monitor)

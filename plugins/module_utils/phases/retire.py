@@ -57,10 +57,22 @@ async def retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor 
     _restore_paths(update)
     await setup.put_back(monitor, update.restore)
     shutil.rmtree(update.channels, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
+    update.remove_mark()
+    with contextlib.suppress(OSError):
         os.unlink(update.log_of(update.generation - 1))
     update.took("retire", started)
-    update.enter(journal.FINISHED)
+    try:
+        update.enter(journal.FINISHED, message(update))
+    except CprError as error:
+        error.message = f"{message(update)} Only that could not be recorded: {error.message}"
+        raise
+
+
+def message(update: journal.Update) -> str:
+    """What a finished update did, as a sentence."""
+    old, new = failures.both(update)
+    pause = f" after a pause of {update.pause_ms:g} ms" if update.pause_ms is not None else ""
+    return f"The guest went from QEMU {old.version} to {new.version}{pause}."
 
 
 def _copy_permissions(update: journal.Update) -> None:

@@ -18,11 +18,13 @@ import typing as t
 from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, setup
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, setup
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome
+from ansible_collections.vmfleet.cpr.plugins.module_utils.verdict import Verdict
 
-DONE = (None, journal.FINISHED, journal.ROLLED_BACK)
+DONE = journal.ENDED
+BACK = "The guest runs on the old QEMU, as before."
 
 # Seconds that the old QEMU gets to end its migration once the new one is dead.
 CANCEL_TIMEOUT = 30.0
@@ -41,38 +43,30 @@ async def roll_back(update: journal.Update, *, timeout: float) -> Outcome:
     """
     if update.phase in DONE:
         return Outcome(update.guest, False, "There is no update to undo.", update)
-    if update.phase == journal.SWITCHED:
-        raise _already_committed()
     old, new = failures.both(update)
     with Watch(old.identity) as old_watch, Watch(new.identity) as new_watch:
         # Before anything is killed: a task that died between the commit and its record leaves
         # "switching" behind, and the guest on the new QEMU.
-        if update.phase == journal.SWITCHING and await runs_on_new(update):
+        judged = await reach.judge(update, old_watch, new_watch)
+        if judged == Verdict.FORWARD:
             raise _already_committed()
+        if judged == Verdict.UNCLEAR:
+            raise _state_unclear(update)
         if old_watch.ended.is_set():
-            await new_watch.kill()
-            remove_traces(update)
-            update.enter(journal.ROLLED_BACK)
-            raise failures.old_qemu_gone(update)
-        async with await Monitor.connect(old.monitor, timeout) as monitor:
-            if update.phase == journal.SWITCHING and new_watch.ended.is_set():
-                await _refuse_if_new_may_have_run(monitor)
+            raise await give_up(update, new_watch)
+        async with await reach.old_qemu(update, old_watch, timeout) as monitor:
             await bring_back(update, monitor, new_watch)
-    return Outcome(update.guest, True, "The guest runs on the old QEMU, as before.", update)
+    return Outcome(update.guest, True, BACK, update)
 
 
-async def runs_on_new(update: journal.Update) -> bool:
-    """Whether the new QEMU of an update runs the guest, or has run it.
-
-    :raises CprError: as `Monitor.connect` if it is there and does not say.
-    """
-    dummy, new = failures.both(update)
-    if not new.identity.is_alive():
-        return False
-    async with await Monitor.connect(new.monitor) as monitor:
-        # It goes from "inmigrate" to "paused"; what comes after that (an I/O error, a shutdown)
-        # only a guest that ran gets into.
-        return (await monitor.execute("query-status"))["status"] not in ("inmigrate", "paused")
+async def give_up(update: journal.Update, new_watch: Watch) -> CprError:
+    """Clear up after an old QEMU that ended with the guest on it; the failure to raise."""
+    await new_watch.kill()
+    remove_traces(update)
+    failure = failures.old_qemu_gone(update)
+    with contextlib.suppress(CprError):  # the failure itself says more
+        update.enter(journal.ROLLED_BACK, str(failure))
+    return failure
 
 
 async def bring_back(update: journal.Update, monitor: Monitor, new_watch: Watch) -> dict[str, t.Any]:
@@ -83,9 +77,6 @@ async def bring_back(update: journal.Update, monitor: Monitor, new_watch: Watch)
     :raises CprError: ``process-not-dying``, ``qmp-timeout`` and the like: the guest is then
         where the message says.
     """
-    if update.phase == journal.SWITCHING:
-        # So that the next run knows that the old QEMU may go on, if this one dies here.
-        update.enter(journal.UNDOING)
     await new_watch.kill()
     state = await _end_migration(monitor)
     run_state = (await monitor.execute("query-status"))["status"]
@@ -95,15 +86,17 @@ async def bring_back(update: journal.Update, monitor: Monitor, new_watch: Watch)
         await monitor.execute("cont")
     await setup.put_back(monitor, update.restore)
     remove_traces(update)
-    update.enter(journal.ROLLED_BACK)
+    with contextlib.suppress(CprError):  # unrecorded it is undone once more by the next run, which does no harm
+        update.enter(journal.ROLLED_BACK, BACK)
     return state
 
 
 def remove_traces(update: journal.Update) -> None:
-    """Remove what a killed new QEMU leaves: its sockets, its pid file, its channels."""
+    """Remove what a killed new QEMU leaves: its sockets, its pid file, its channels. What can't be stays."""
     shutil.rmtree(update.channels, ignore_errors=True)
+    update.remove_mark()
     for temporary, dummy in update.renames:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
 
 
@@ -129,17 +122,16 @@ async def _end_migration(monitor: Monitor) -> dict[str, t.Any]:
         await asyncio.sleep(_POLL)
 
 
-async def _refuse_if_new_may_have_run(monitor: Monitor) -> None:
-    """Refuse to go on with an old QEMU that gave the guest away to one that is gone."""
-    # In any other state it never stopped the guest, or resumed it after a failed migration.
-    if (await monitor.execute("query-status"))["status"] == "postmigrate":
-        raise CprError(
-            "state-unclear",
-            "The task that switched the guest died, the new QEMU is gone, and it can't be told whether the guest had"
-            " run on it.",
-            "If it had, its disks and RAM have moved on and the old QEMU must not be continued: end it and start the"
-            " guest anew.",
-        )
+def _state_unclear(update: journal.Update) -> CprError:
+    old, new = failures.both(update)
+    return CprError(
+        "state-unclear",
+        f"The task that switched the guest died, the new QEMU (process {new.pid}) is gone or silent, and it can't be"
+        " told whether the guest has run on it.",
+        f"Nothing was done. If the new QEMU still is there, see why it does not answer. If it is gone, the guest's"
+        f" disks and RAM may have moved on, and the old QEMU (process {old.pid}) must not be continued: end it and"
+        " start the guest anew.",
+    )
 
 
 def _already_committed() -> CprError:

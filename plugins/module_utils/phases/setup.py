@@ -14,7 +14,8 @@ import typing as t
 from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, journal
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach
+from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome
 
 DONE = (journal.SET_UP, *journal.COMMITTED)
@@ -36,16 +37,17 @@ async def set_up(update: journal.Update, *, timeout: float) -> Outcome:
         raise failures.wrong_phase(update, journal.TRANSFERRED, "cpr_transfer")
     started = time.monotonic()
     old, new = failures.both(update)
-    async with await Monitor.connect(old.monitor, timeout) as old_monitor:
-        async with await Monitor.connect(new.monitor, timeout) as new_monitor:
-            current = await new_monitor.execute("query-migrate-capabilities")
-            capabilities = handshake.capabilities_to_set(current, update.capabilities)
-            if capabilities:
-                await new_monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
-            for whose, monitor in (("old", old_monitor), ("new", new_monitor)):
-                await _set_parameters(whose, monitor)
-                await _compare_capabilities(whose, monitor, update)
-            await _compare_disks(old_monitor, new_monitor)
+    with Watch(old.identity) as old_watch, Watch(new.identity) as new_watch:
+        async with await reach.old_qemu(update, old_watch, timeout) as old_monitor:
+            async with await reach.new_qemu(update, new_watch, timeout) as new_monitor:
+                current = await new_monitor.execute("query-migrate-capabilities")
+                capabilities = handshake.capabilities_to_set(current, update.capabilities)
+                if capabilities:
+                    await new_monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+                for whose, monitor in (("old", old_monitor), ("new", new_monitor)):
+                    await _set_parameters(whose, monitor)
+                    await _compare_capabilities(whose, monitor, update)
+                await _compare_disks(old_monitor, new_monitor)
     update.took("setup", started)
     update.enter(journal.SET_UP)
     names = [name for name, state in update.capabilities.items() if state]

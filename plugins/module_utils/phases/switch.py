@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
+import time
 import typing as t
 from dataclasses import dataclass, field
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Event, Monitor
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, rollback
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, rollback
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 
-# Seconds that the guest may stand still before the switch is undone; it takes milliseconds.
-PAUSE_LIMIT = 2.0
+# Seconds in which the end of a QEMU follows the end of its connection.
+_LAST_BREATH = 0.1
 
 
 @dataclass
@@ -46,44 +48,46 @@ async def open_ends(update: journal.Update, timeout: float) -> t.AsyncIterator[E
     """Connect to both monitors and watch both processes; the guest runs on the old QEMU.
 
     :param timeout: seconds for each connection.
-    :raises CprError: ``old-qemu-gone``, ``new-qemu-exited``, or as `Monitor.connect`.
+    :raises CprError: as `reach.old_qemu` and `reach.new_qemu`.
     """
     old, new = failures.both(update)
     with Watch(old.identity) as old_watch, Watch(new.identity) as new_watch:
-        if old_watch.ended.is_set():
-            raise failures.old_qemu_gone(update)
-        if new_watch.ended.is_set():
-            raise failures.new_qemu_exited(update)
-        async with await Monitor.connect(old.monitor, timeout) as old_monitor:
-            async with await Monitor.connect(new.monitor, timeout) as new_monitor:
-                yield Ends(old_monitor, new_monitor, old_watch, new_watch)
+        async with await reach.old_qemu(update, old_watch, timeout) as old_monitor:
+            ends = Ends(old_monitor, await reach.new_qemu(update, new_watch, timeout), old_watch, new_watch)
+            try:
+                yield ends
+            finally:
+                await ends.new.close()  # it may be another one by now
 
 
-async def switch(update: journal.Update, ends: Ends, *, timeout: float) -> None:
+async def switch(update: journal.Update, ends: Ends, *, timeout: float, pause_limit: float) -> None:
     """Move the guest from the old QEMU to the new one.
 
-    Between STOP and RESUME stand only QMP messages over open connections. ``cont`` on the
-    new QEMU is the commit: it was started with ``-S`` and has not run an instruction before.
-    Whatever fails before it is undone here, since the guest is down.
+    Between STOP and RESUME stand only QMP messages over open connections, and one byte that
+    marks the commit. ``cont`` on the new QEMU is the commit: it was started with ``-S`` and has
+    not run an instruction before. Whatever fails before it is undone here, since the guest is
+    down.
 
     :param timeout: seconds until the old QEMU must have stopped the guest.
+    :param pause_limit: seconds from then on until the new QEMU must have taken it over.
     :raises CprError: the guest then runs on the old QEMU, unless the code is
-        ``state-unclear`` or ``old-qemu-gone``.
+        ``state-unclear``, ``new-qemu-gone`` or ``old-qemu-gone``.
     """
-    update.enter(journal.SWITCHING)
-    wanted = update.run_state == "running"
-    with ends.old.events("STOP", "MIGRATION") as old_events, ends.new.events("MIGRATION", "RESUME") as new_events:
-        progress = _Progress()
-        try:
-            await ends.new.execute("migrate-incoming", _incoming(update))
-            await _until_completed(update, ends, old_events, new_events, progress, timeout)
-        except BaseException as error:
-            raise await _undo(update, ends, error) from error
-        if wanted:
-            resume = await _commit(update, ends, new_events)
-            if progress.stop:
-                update.pause_ms = round((_microseconds(resume) - _microseconds(progress.stop)) / 1000, 2)
-    update.enter(journal.SWITCHED)
+    with update.commit_mark() as mark:
+        update.enter(journal.SWITCHING)
+        with ends.old.events("STOP", "MIGRATION") as old_events, ends.new.events("MIGRATION", "RESUME") as new_events:
+            progress = _Progress()
+            try:
+                await ends.new.execute("migrate-incoming", _incoming(update))
+                await _until_completed(update, ends, old_events, new_events, progress, timeout, pause_limit)
+            except BaseException as error:
+                raise await _undo(update, ends, error) from error
+            if update.run_state == "running":
+                resumed_at = await _commit(update, ends, mark, new_events, pause_limit)
+                if progress.stop:
+                    update.pause_ms = round((resumed_at - _microseconds(progress.stop)) / 1000, 2)
+    with contextlib.suppress(CprError):  # unrecorded, the next run finds it out
+        update.enter(journal.SWITCHED)
 
 
 def _incoming(update: journal.Update) -> dict[str, t.Any]:
@@ -93,17 +97,27 @@ def _incoming(update: journal.Update) -> dict[str, t.Any]:
 
 
 async def _until_completed(
-    update: journal.Update, ends: Ends, old_events: t.Any, new_events: t.Any, progress: _Progress, timeout: float
+    update: journal.Update,
+    ends: Ends,
+    old_events: t.Any,
+    new_events: t.Any,
+    progress: _Progress,
+    timeout: float,
+    pause_limit: float,
 ) -> None:
-    """Wait until both ends have completed.
+    """Wait until both ends have completed, or the new one alone where the old one is gone.
 
     The old one's ``completed`` alone proves nothing. The new one's alone does not either:
-    before its own the old QEMU may still fail and resume the guest by itself.
+    before its own the old QEMU may still fail and resume the guest by itself, if it lives.
     """
 
-    async def completed(monitor: Monitor, events: t.Any) -> None:
+    async def completed(monitor: Monitor, events: t.Any, watch: Watch) -> None:
         while True:
-            event = await monitor.next_event(events)
+            try:
+                event = await monitor.next_event(events)
+            except CprError:
+                await watch.wait(_LAST_BREATH)  # so that it is told from a connection that somebody cut
+                raise
             if event["event"] == "STOP":
                 progress.stop = event
                 progress.stopped.set()
@@ -115,60 +129,86 @@ async def _until_completed(
     async def too_long() -> None:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(progress.stopped.wait(), timeout)
-            await asyncio.sleep(PAUSE_LIMIT)
+            await asyncio.sleep(pause_limit)
 
-    done = asyncio.gather(completed(ends.old, old_events), completed(ends.new, new_events))
-    alarms = [
-        asyncio.ensure_future(item) for item in (ends.new_watch.ended.wait(), ends.old_watch.ended.wait(), too_long())
+    new = asyncio.ensure_future(completed(ends.new, new_events, ends.new_watch))
+    both = asyncio.gather(completed(ends.old, old_events, ends.old_watch), new)
+    old_end, new_end, limit = alarms = [
+        asyncio.ensure_future(item) for item in (ends.old_watch.ended.wait(), ends.new_watch.ended.wait(), too_long())
     ]
     try:
-        await asyncio.wait({done, *alarms}, return_when=asyncio.FIRST_COMPLETED)
-        if done.done() and not done.exception() and not ends.new_watch.ended.is_set():
-            return  # also where the old QEMU is gone by now: the new one has all of the guest
+        await asyncio.wait({both, *alarms}, return_when=asyncio.FIRST_COMPLETED)
         if ends.old_watch.ended.is_set():
+            progress.stopped.set()  # the guest stands still, whether its STOP was heard or not
+            await asyncio.wait({new, new_end, limit}, return_when=asyncio.FIRST_COMPLETED)
+            if new.done() and not new.exception():
+                return  # the new QEMU has all of the guest, and nobody else has
             raise failures.old_qemu_gone(update)
         if ends.new_watch.ended.is_set():
             raise failures.new_qemu_exited(update)
-        if not done.done():
+        if not both.done():
             raise CprError(
                 "pause-limit",
-                f"The new QEMU did not take the guest over within {PAUSE_LIMIT:g} s from its stop.",
+                f"The new QEMU did not take the guest over within {pause_limit:g} s from its stop.",
                 "The host may be overloaded: try again when it is calmer.",
             )
-        done.result()
+        both.result()
     finally:
-        for task in (done, *alarms):
+        for task in (both, *alarms):
             task.cancel()
-        await asyncio.gather(done, *alarms, return_exceptions=True)
+        await asyncio.gather(both, *alarms, return_exceptions=True)
 
 
-async def _commit(update: journal.Update, ends: Ends, new_events: t.Any) -> Event:
-    """Let the guest run on the new QEMU, and wait until it does."""
+async def _commit(
+    update: journal.Update, ends: Ends, mark: journal.CommitMark, new_events: t.Any, pause_limit: float
+) -> int:
+    """Let the guest run on the new QEMU, and wait until it does; since when, in microseconds."""
     try:
-        await ends.new.execute("cont", timeout=PAUSE_LIMIT)
-    except CprError as error:
-        if error.code == "qmp-error":
-            # Refused (an image that somebody locked, say): no instruction was run.
-            raise await _undo(update, ends, error) from error
-        raise _unclear(update, error) from error
-    try:
-
-        async def resumed() -> Event:
-            while True:
-                event = await ends.new.next_event(new_events)
-                if event["event"] == "RESUME":
-                    return event
-
-        return await asyncio.wait_for(resumed(), PAUSE_LIMIT)
+        mark.set(True)
+        await ends.new.execute("cont", timeout=pause_limit)
+        return _microseconds(await asyncio.wait_for(_resumed(ends.new, new_events), pause_limit))
+    except OSError as error:
+        raise await _undo(update, ends, error) from error
     except (CprError, asyncio.TimeoutError) as error:
+        if isinstance(error, CprError) and error.code == "qmp-error":
+            # Refused (an image that somebody locked, say): no instruction was run.
+            mark.set(False)
+            raise await _undo(update, ends, error) from error
+        await _insist(update, ends, error)
+        return time.time_ns() // 1000
+
+
+async def _resumed(monitor: Monitor, events: t.Any) -> Event:
+    while True:
+        event = await monitor.next_event(events)
+        if event["event"] == "RESUME":
+            return event
+
+
+async def _insist(update: journal.Update, ends: Ends, error: BaseException) -> None:
+    """Go on with a new QEMU that was told to run the guest and has not said that it does.
+
+    There is no way back any more, and telling it twice does no harm.
+    """
+    if ends.new_watch.identity.is_stopped():
+        ends.new_watch.send(signal.SIGCONT)
+    try:
+        await ends.new.close()
+        ends.new = await reach.new_qemu(update, ends.new_watch)
+        await ends.new.execute("cont")
+        status = (await ends.new.execute("query-status"))["status"]
+    except CprError as failure:
+        if ends.new_watch.ended.is_set():
+            raise failures.new_qemu_gone(update) from error
+        raise _unclear(update, failure) from error
+    if status != "running":
         raise _unclear(update, error) from error
 
 
 async def _undo(update: journal.Update, ends: Ends, error: BaseException) -> BaseException:
     """Bring the guest back on the old QEMU; the failure to raise, said in full."""
     if ends.old_watch.ended.is_set():
-        await ends.new_watch.kill()
-        return failures.old_qemu_gone(update)
+        return await rollback.give_up(update, ends.new_watch)
     try:
         state = await _bring_back(update, ends)
     except CprError as failure:
@@ -193,7 +233,7 @@ async def _bring_back(update: journal.Update, ends: Ends) -> dict[str, t.Any]:
         if failure.code != "monitor-lost":
             raise
     # Somebody cut the connection; the old QEMU itself is there.
-    async with await Monitor.connect(failures.both(update)[0].monitor) as monitor:
+    async with await reach.old_qemu(update, ends.old_watch) as monitor:
         return await rollback.bring_back(update, monitor, ends.new_watch)
 
 

@@ -16,7 +16,7 @@ import time
 from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, journal
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome
 
@@ -24,8 +24,6 @@ DONE = (journal.TRANSFERRED, journal.SET_UP, *journal.COMMITTED)
 
 # Seconds between two looks for the new QEMU's monitor.
 _POLL = 0.005
-# Seconds in which a new QEMU that made the migration fail also exits.
-_LAST_BREATH = 0.5
 
 
 async def transfer(update: journal.Update, *, timeout: float) -> Outcome:
@@ -46,11 +44,9 @@ async def transfer(update: journal.Update, *, timeout: float) -> Outcome:
     started = time.monotonic()
     old, new = failures.both(update)
     with Watch(old.identity) as old_watch, Watch(new.identity) as new_watch:
-        if old_watch.ended.is_set():
-            raise failures.old_qemu_gone(update)
         if new_watch.ended.is_set():
             raise failures.new_qemu_exited(update)
-        async with await Monitor.connect(old.monitor) as monitor:
+        async with await reach.old_qemu(update, old_watch) as monitor:
             await _prepare_old(monitor, update)
             await _migrate(monitor, update)
             await _wait_for_new_monitor(monitor, update, old_watch, new_watch, timeout)
@@ -110,7 +106,7 @@ async def _wait_for_new_monitor(
                 break
             state = await monitor.execute("query-migrate")
             if state.get("status") in ("failed", "cancelled"):
-                if await new_watch.wait(_LAST_BREATH):
+                if await new_watch.wait(reach.LAST_BREATH):
                     raise failures.new_qemu_exited(update)
                 raise CprError(
                     "migration-failed",

@@ -1,0 +1,82 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Connects to the two QEMUs of an update, and tells why where that fails.
+
+Private to the collection.
+"""
+
+from __future__ import annotations
+
+import os
+import typing as t
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils import journal, verdict
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import CONNECT_TIMEOUT, Monitor
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures
+from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
+
+# Seconds in which a QEMU that cuts a connection also ends.
+LAST_BREATH = 0.5
+
+
+async def old_qemu(update: journal.Update, watch: Watch, timeout: float = CONNECT_TIMEOUT) -> Monitor:
+    """Connect to the old QEMU.
+
+    :param timeout: seconds.
+    :raises CprError: ``old-qemu-gone``, ``qemu-stopped``, or as `Monitor.connect`.
+    """
+    return await _connect(failures.both(update)[0].monitor, watch, timeout, lambda: failures.old_qemu_gone(update))
+
+
+async def new_qemu(update: journal.Update, watch: Watch, timeout: float = CONNECT_TIMEOUT) -> Monitor:
+    """Connect to the new QEMU, whether its path was restored already or not.
+
+    :param timeout: seconds.
+    :raises CprError: ``new-qemu-exited``, or ``new-qemu-gone`` if it ran the guest;
+        ``qemu-stopped``; or as `Monitor.connect`.
+    """
+    path = failures.both(update)[1].monitor
+    if not os.path.exists(path):
+        path = dict(update.renames).get(path, path)
+
+    def gone() -> CprError:
+        committed = update.phase in journal.COMMITTED
+        return failures.new_qemu_gone(update) if committed else failures.new_qemu_exited(update)
+
+    return await _connect(path, watch, timeout, gone)
+
+
+async def _connect(path: str, watch: Watch, timeout: float, gone: t.Callable[[], CprError]) -> Monitor:
+    if watch.ended.is_set():
+        raise gone()
+    try:
+        return await Monitor.connect(path, timeout)
+    except CprError as error:
+        if error.code == "monitor-unreachable" and await watch.wait(LAST_BREATH):
+            raise gone() from error
+        if error.code == "monitor-busy" and watch.identity.is_stopped():
+            raise CprError(
+                "qemu-stopped",
+                f"The QEMU process {watch.identity.pid} is stopped by a signal or a debugger and can't answer.",
+                f"Let it go on (kill -CONT {watch.identity.pid}), then run again.",
+            ) from error
+        raise
+
+
+async def judge(update: journal.Update, old_watch: Watch, new_watch: Watch) -> verdict.Verdict:
+    """Where the guest of an update may go on, by its record and by what both QEMUs say now."""
+    if update.phase != journal.SWITCHING:
+        return verdict.Verdict.FORWARD if update.phase in journal.COMMITTED else verdict.Verdict.BACK
+    old = await _run_state(old_qemu(update, old_watch), old_watch)
+    new = await _run_state(new_qemu(update, new_watch), new_watch)
+    return verdict.decide(old, new, update.may_have_run)
+
+
+async def _run_state(connecting: t.Awaitable[Monitor], watch: Watch) -> str:
+    try:
+        async with await connecting as monitor:
+            return (await monitor.execute("query-status"))["status"]
+    except CprError:
+        return verdict.GONE if watch.ended.is_set() else verdict.SILENT
