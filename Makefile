@@ -3,11 +3,12 @@
 SUITES = bookworm bookworm-backports trixie trixie-backports
 PYTHON = .venv/bin/python
 
-.PHONY: help demo test env qemu guests lint unit sanity integration benchmark changelog clean
+.PHONY: help demo test env qemu guests lint unit sanity integration faults benchmark changelog clean
 
 help:
 	@echo "make demo         three real guests move to a new QEMU while they run"
 	@echo "make test         all checks"
+	@echo "make faults       breaks updates at every step and looks what becomes of the guest: TRIALS=500 SEED=0"
 	@echo "make benchmark    pause and duration beside the bare QMP sequence (some minutes)"
 	@echo "make env          .venv with pinned tools and this checkout as vmfleet.cpr"
 	@echo "make qemu         .cache/qemu/SUITE/bin/qemu-system-x86_64: $(SUITES)"
@@ -25,7 +26,7 @@ guests:
 demo: env qemu guests
 	@$(PYTHON) -m tests.demo
 
-test: lint unit sanity integration
+test: lint unit sanity integration faults
 
 lint: env
 	@tests/environment/lint.sh
@@ -38,6 +39,12 @@ sanity: env
 
 integration: env qemu guests
 	$(PYTHON) -m pytest tests/integration
+
+# A few minutes' part of it; TRIALS=500 is the whole.
+TRIALS = 30
+SEED = 0
+faults: env qemu guests
+	$(PYTHON) -m tests.faults --trials $(TRIALS) --seed $(SEED) $(if $(TABLE),--table $(TABLE))
 
 benchmark: env qemu guests
 	$(PYTHON) -m tests.benchmarks.live_update

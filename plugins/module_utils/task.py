@@ -109,9 +109,12 @@ class Task:
             update = self.journal.load(guest) or self.journal.create(guest)
             if self._is_others(update) and update.run["key"] not in self.ended_runs:
                 self._refuse_unless_silent(update)
-            if self.run and (update.run or {}).get("key") != self.run["key"]:
-                update.run = {**self.run, "since": local_time(time.time())}
             yield update
+
+    def claim(self, update: Update) -> None:
+        """Make an update this run's own."""
+        if self.run and (update.run or {}).get("key") != self.run["key"]:
+            update.run = {**self.run, "since": local_time(time.time())}
 
     def _refuse_unless_silent(self, update: Update) -> None:
         free_at = update.changed_at + SILENCE
@@ -170,6 +173,7 @@ class Task:
                 nothing = record is not None and record.phase in done
                 return Outcome(guest, not nothing, "Nothing would be done." if nothing else would, record)
             with self.hold(guest) as update:
+                self.claim(update)
                 try:
                     return await phase(update, timeout=self.timeout, **options)
                 except CprError as error:

@@ -108,6 +108,14 @@ guests:
       description: Milliseconds that each phase took.
       type: dict
       sample: {launch: 61.2, transfer: 88.0, setup: 14.9, switch: 19.3, retire: 41.7}
+    earlier_run:
+      description: >-
+        What another run did to this guest last, where that is news; null otherwise. It is what a
+        run that died could not report any more.
+      type: str
+      sample: >-
+        The run before (2026-11-23 12:31:05 +0000): The guest went from QEMU 10.0.2 to 11.1.3 after a
+        pause of 6.41 ms.
     launched:
       description: Whether a new QEMU waits for the guest's CPR state, or would in check mode.
       type: bool

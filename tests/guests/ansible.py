@@ -16,6 +16,7 @@ from tests.guests.guest import TOP
 
 # What the hypervisor side runs on: the virtual environment's own base, which has no qemu.qmp.
 HYPERVISOR_PYTHON = os.path.realpath(sys.executable)
+_ENVIRONMENT = {**os.environ, "ANSIBLE_PIPELINING": "1", "ANSIBLE_NOCOLOR": "1"}
 
 
 def live_update(
@@ -33,11 +34,30 @@ def live_update(
     :param python: the Python that the modules run on.
     :param variables: further ``live_update_*`` variables, without the prefix.
     """
-    values = {"qemu_binary": binary, "state_directory": str(state), "guests": guests, **variables}
-    return _run(
-        "ansible-playbook", "vmfleet.cpr.live_update",
-        "-e", json.dumps({f"live_update_{name}": value for name, value in values.items()}), *words, python=python,
+    words = (*_playbook(binary, state, guests, variables), *words)
+    return _run("ansible-playbook", *words, python=python)
+
+
+def start_live_update(
+    binary: str,
+    state: pathlib.Path,
+    guests: t.Sequence[str],
+    output: t.IO[str],
+    environment: dict[str, str],
+    **variables: t.Any,
+) -> subprocess.Popen[str]:
+    """Begin what `live_update` does, in a session of its own, its output to a file."""
+    words = _playbook(binary, state, guests, variables)
+    return subprocess.Popen(
+        _command("ansible-playbook", *words), stdin=subprocess.DEVNULL, stdout=output, stderr=output, cwd=TOP,
+        text=True, start_new_session=True, env={**_ENVIRONMENT, **environment},
     )  # fmt: skip
+
+
+def _playbook(binary: str, state: pathlib.Path, guests: t.Sequence[str], variables: dict[str, t.Any]) -> list[str]:
+    values = {"qemu_binary": binary, "state_directory": str(state), "guests": guests, **variables}
+    extra = {f"live_update_{name}": value for name, value in values.items()}
+    return ["vmfleet.cpr.live_update", "-e", json.dumps(extra)]
 
 
 def module(name: str, arguments: dict[str, t.Any], *words: str) -> dict[str, t.Any]:
@@ -54,10 +74,12 @@ def module(name: str, arguments: dict[str, t.Any], *words: str) -> dict[str, t.A
 
 def _run(program: str, *words: str, python: str = HYPERVISOR_PYTHON) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [
-            str(TOP / ".venv" / "bin" / program), *words, "-i", "localhost,", "-c", "local",
-            "-e", f"ansible_python_interpreter={python}",
-        ],
+        _command(program, *words, python=python),
         check=False, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=TOP, timeout=300,
-        env={**os.environ, "ANSIBLE_PIPELINING": "1", "ANSIBLE_NOCOLOR": "1"},
+        env=_ENVIRONMENT,
     )  # fmt: skip
+
+
+def _command(program: str, *words: str, python: str = HYPERVISOR_PYTHON) -> list[str]:
+    interpreter = f"ansible_python_interpreter={python}"
+    return [str(TOP / ".venv" / "bin" / program), *words, "-i", "localhost,", "-c", "local", "-e", interpreter]

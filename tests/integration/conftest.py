@@ -53,14 +53,21 @@ class Host:
     def __init__(self, state: pathlib.Path) -> None:
         self.state = state
 
-    def task(self, guests: t.Sequence[Guest | str], *, check_mode: bool = False, **parameters: t.Any) -> Task:
+    def task(
+        self,
+        guests: t.Sequence[Guest | str],
+        *,
+        check_mode: bool = False,
+        is_abandoned: t.Callable[[], bool] = lambda: False,
+        **parameters: t.Any,
+    ) -> Task:
         """A task as a module makes it from its arguments."""
         names = [guest if isinstance(guest, str) else guest.name for guest in guests]
         defaults = {
             "guests": names, "concurrency": 4, "timeout": 30.0, "state_directory": str(self.state),
             "switch_concurrency": 1, "pause_limit": 2.0, "qemu_binary": qemu(NEW_SUITE),
         }  # fmt: skip
-        return Task({**defaults, **parameters}, check_mode)
+        return Task({**defaults, **parameters}, check_mode, is_abandoned)
 
     def launch(self, *guests: Guest | str, **parameters: t.Any) -> list[Outcome]:
         """dest_launch."""

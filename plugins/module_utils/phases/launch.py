@@ -45,7 +45,7 @@ class Plan:
     binary: offer.Binary
     update: journal.Update
     command: new_command_line.NewCommandLine
-    news: str = ""
+    news: str | None = None
 
     @property
     def arguments(self) -> list[str]:
@@ -89,19 +89,22 @@ async def launch_all(task: Task) -> list[Outcome]:
         news = _news(earlier, task.run)
         unfinished = earlier is not None and earlier.is_under_way
         if unfinished and task.check_mode:
-            return _outcome(name, True, "What an earlier run left behind would be cleared, and the update begun anew.")
+            return _outcome(
+                name, True, "What an earlier run left behind would be finished or undone, and the guest updated.", news
+            )
         if earlier and unfinished:
+            task.claim(earlier)
             await recover.recover(earlier, timeout=task.timeout)
-            news = f" An earlier run had left its update unfinished: {earlier.message}"
+            news = f"An earlier run had left its update unfinished. {earlier.message}"
             found.update(guests.select([name], guests.by_name(process.find(), task.journal))[1])
         if found[name].executable_id == binary.executable_id:
-            return _outcome(name, unfinished, f"The guest runs on {binary.path} already.{news}", earlier)
+            return _outcome(name, unfinished, f"The guest runs on {binary.path} already.", news, update=earlier)
         inspection = await preflight.inspect(found[name], offers)
         for blocker in inspection.blockers_for(binary):
             raise blocker
         plans[name] = _plan(task.journal, name, inspection, binary)
         plans[name].news = news
-        return _outcome(name, True, f"The new QEMU would be started.{news}", plan=plans[name])
+        return _outcome(name, True, "The new QEMU would be started.", news, plan=plans[name])
 
     async def start(name: str) -> Outcome:
         plan = plans[name]
@@ -112,10 +115,10 @@ async def launch_all(task: Task) -> list[Outcome]:
                     "Another run began to update this guest at the same moment.",
                     "Let one of the two runs end, then run again.",
                 )
-            plan.update.run = earlier.run
+            task.claim(plan.update)
             await launch(plan, timeout=task.timeout)
-        message = f"QEMU {binary.offer.version_text} waits for the guest's CPR state.{plan.news}"
-        return _outcome(name, True, message, plan=plan)
+        message = f"QEMU {binary.offer.version_text} waits for the guest's CPR state."
+        return _outcome(name, True, message, plan.news, plan=plan)
 
     checked = await task.for_each(names, "preflight", check)
     if task.check_mode:
@@ -127,15 +130,21 @@ async def launch_all(task: Task) -> list[Outcome]:
     return [started.get(item.guest, item) for item in checked]
 
 
-def _news(earlier: journal.Update | None, run: dict[str, str] | None) -> str:
+def _news(earlier: journal.Update | None, run: dict[str, str] | None) -> str | None:
     """What another run did to the guest last, since who started that one may never have heard of it."""
     if earlier is None or earlier.message is None or (earlier.run and run and earlier.run["key"] == run["key"]):
-        return ""
-    return f" The run before ({journal.local_time(earlier.changed_at)}): {earlier.message}"
+        return None
+    return f"The run before ({journal.local_time(earlier.changed_at)}): {earlier.message}"
 
 
 def _outcome(
-    guest: str, changed: bool, message: str, update: journal.Update | None = None, *, plan: Plan | None = None
+    guest: str,
+    changed: bool,
+    message: str,
+    news: str | None = None,
+    *,
+    update: journal.Update | None = None,
+    plan: Plan | None = None,
 ) -> Outcome:
     """:param plan: of a guest whose new QEMU waits, or would in check mode."""
     return Outcome(
@@ -143,7 +152,7 @@ def _outcome(
         changed,
         message,
         plan.update if plan else update,
-        extra={"launched": plan is not None},
+        extra={"launched": plan is not None, "earlier_run": news},
         diff=plan.diff() if plan else None,
     )
 

@@ -17,7 +17,7 @@ import time
 from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, setup
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, setup
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 
 # Seconds that the old QEMU gets to quit by itself before it is killed.
@@ -30,16 +30,22 @@ async def retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor 
     :param monitor: the new QEMU's.
     :param old_monitor: the old QEMU's, where it is open.
     :raises CprError: ``guest-not-running`` if the new QEMU doesn't run the guest: the old one
-        is then left as it is, stopped; ``path-not-restored``.
+        is then left as it is, stopped; ``new-qemu-gone``; ``path-not-restored``.
     """
-    started = time.monotonic()
     old, new = failures.both(update)
-    try:
-        status = (await monitor.execute("query-status"))["status"]
-    except CprError as error:
-        if not new.identity.is_alive():
-            raise failures.new_qemu_gone(update) from error
-        raise
+    with Watch(old.identity) as old_watch, Watch(new.identity) as new_watch:
+        try:
+            await _retire(update, monitor, old_monitor, old_watch)
+        except CprError as error:
+            if error.code == "monitor-lost" and await new_watch.wait(reach.LAST_BREATH):
+                raise failures.new_qemu_gone(update) from error
+            raise
+
+
+async def _retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor | None, old_watch: Watch) -> None:
+    started = time.monotonic()
+    old, dummy = failures.both(update)
+    status = (await monitor.execute("query-status"))["status"]
     if status not in ("running", "paused"):  # somebody may have paused it since
         raise CprError(
             "guest-not-running",
@@ -47,13 +53,12 @@ async def retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor 
             f"The old QEMU (process {old.pid}) was left stopped and must not be continued. Look at the guest.",
         )
     _copy_permissions(update)
-    with Watch(old.identity) as watch:
-        if not watch.ended.is_set():
-            with contextlib.suppress(CprError):  # it may exit before it answers
-                old_monitor = old_monitor or await Monitor.connect(old.monitor)
-                await old_monitor.execute("quit")
-            if not await watch.wait(QUIT_TIMEOUT):
-                await watch.kill()
+    if not old_watch.ended.is_set():
+        with contextlib.suppress(CprError):  # it may exit before it answers
+            old_monitor = old_monitor or await reach.old_qemu(update, old_watch)
+            await old_monitor.execute("quit")
+        if not await old_watch.wait(QUIT_TIMEOUT):
+            await old_watch.kill()
     _restore_paths(update)
     await setup.put_back(monitor, update.restore)
     shutil.rmtree(update.channels, ignore_errors=True)

@@ -212,6 +212,8 @@ async def _undo(update: journal.Update, ends: Ends, error: BaseException) -> Bas
     try:
         state = await _bring_back(update, ends)
     except CprError as failure:
+        if await ends.old_watch.wait(_LAST_BREATH):
+            return await rollback.give_up(update, ends.new_watch)
         failure.message = (
             f"{error} Bringing the guest back on the old QEMU (process {failures.both(update)[0].pid}) failed too, and"
             f" it may be down: {failure.message}"
