@@ -94,7 +94,7 @@ async def open_monitor(process: QemuProcess) -> Monitor:
     failure = None
     for path in paths:
         try:
-            return await Monitor.connect(process.path(path))
+            return await Monitor.connect(process.path(path), pid=process.identity.pid)
         except CprError as error:
             # That another client holds one says more than that another one is gone.
             failure = error if failure is None or error.code == "monitor-busy" else failure

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import functools
 import socket
+import struct
 import typing as t
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
@@ -57,15 +58,40 @@ class Monitor:
         self.where = where
 
     @classmethod
-    async def connect(cls, path: str, timeout: float = CONNECT_TIMEOUT) -> Monitor:
+    async def connect(cls, path: str, timeout: float = CONNECT_TIMEOUT, *, pid: int) -> Monitor:
         """Connect to a QMP monitor at a UNIX socket.
 
         :param path: where the socket lies.
         :param timeout: seconds until it must have greeted us.
+        :param pid: the process that must listen there. During an update two QEMUs' monitors have
+            paths that change hands.
         :raises CprError: ``monitor-busy`` if it accepts us and stays silent;
-            ``monitor-unreachable`` if nobody listens there or it isn't QMP.
+            ``monitor-unreachable`` if nobody listens there or it isn't QMP;
+            ``monitor-of-another`` if another process listens there.
         """
-        return await cls._open(path, path, timeout)
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.setblocking(False)
+            try:
+                await asyncio.wait_for(asyncio.get_running_loop().sock_connect(connection, path), timeout)
+            except BlockingIOError:  # others wait for it already
+                raise _busy(path, timeout) from None
+            except OSError as error:
+                raise _unreachable(path, error) from error
+            # Of the process that listens (unix(7)).
+            credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+            listener: int = struct.unpack("3i", credentials)[0]
+            if listener != pid:
+                raise CprError(
+                    "monitor-of-another",
+                    f"At the QMP monitor {path} another process listens ({listener}) than the QEMU that was looked for"
+                    f" ({pid}).",
+                    "See with `ss -xlp` whose socket that is, and give the guest a monitor of its own.",
+                )
+            return await cls._open(connection, path, timeout)
+        except BaseException:
+            connection.close()
+            raise
 
     @classmethod
     async def adopt(cls, connection: socket.socket, where: str, timeout: float = CONNECT_TIMEOUT) -> Monitor:
@@ -84,18 +110,9 @@ class Monitor:
         try:
             await asyncio.wait_for(client.connect(address), timeout)
         except asyncio.TimeoutError:
-            raise CprError(
-                "monitor-busy",
-                f"The QMP monitor at {where} accepted the connection but did not answer within {timeout:g} s:"
-                " another client holds it.",
-                f"Find it with `ss -xp | grep {where}` and stop it, or give the guest a second -qmp socket.",
-            ) from None
+            raise _busy(where, timeout) from None
         except (QMPError, OSError, EOFError) as error:
-            raise CprError(
-                "monitor-unreachable",
-                f"Nothing answers at the QMP monitor {where}: {error}.",
-                "Check that the socket is still there and that the task runs as a user that may open it (become).",
-            ) from error
+            raise _unreachable(where, error) from error
         return cls(client, where)
 
     async def execute(
@@ -177,3 +194,20 @@ class Monitor:
 
     async def __aexit__(self, *dummy: object) -> None:
         await self.close()
+
+
+def _busy(where: str, timeout: float) -> CprError:
+    return CprError(
+        "monitor-busy",
+        f"The QMP monitor at {where} accepted the connection but did not answer within {timeout:g} s:"
+        " another client holds it.",
+        f"Find it with `ss -xp | grep {where}` and stop it, or give the guest a second -qmp socket.",
+    )
+
+
+def _unreachable(where: str, error: BaseException) -> CprError:
+    return CprError(
+        "monitor-unreachable",
+        f"Nothing answers at the QMP monitor {where}: {error}.",
+        "Check that the socket is still there and that the task runs as a user that may open it (become).",
+    )

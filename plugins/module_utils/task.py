@@ -174,10 +174,11 @@ class Task:
                 return Outcome(guest, not nothing, "Nothing would be done." if nothing else would, record)
             with self.hold(guest) as update:
                 self.claim(update)
+                under_way = update.is_under_way
                 try:
                     return await phase(update, timeout=self.timeout, **options)
                 except CprError as error:
-                    if update.phase:
+                    if under_way:
                         with contextlib.suppress(CprError):  # the failure itself says more
                             update.enter(update.phase, str(error))
                     raise

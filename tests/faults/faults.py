@@ -111,7 +111,10 @@ def _go_on(pid: int) -> None:
 
 
 def _kill_all(scene: Scene) -> None:
-    for pid in scene.processes():
+    processes = scene.processes()
+    if not processes:
+        raise ProcessLookupError("the run is over")
+    for pid in processes:
         os.kill(pid, signal.SIGKILL)
 
 

@@ -165,13 +165,17 @@ def _play(scene: Scene, fault: Fault, phase: str, chance: random.Random, result:
     ticks = _Ticks(guest)
     ticks.start()
     delay = chance.uniform(0, _WITHIN.get(phase, _BETWEEN)) if chance.random() < 0.7 else 0.0
-    with _run(scene, result) as run:
-        mend, committed = _break(scene, fault, phase, delay, run, result)
-    if mend:
-        mend()
-    result.still = ticks.stop()
+    try:
+        with _run(scene, result) as run:
+            mend, committed = _break(scene, fault, phase, delay, run, result)
+        if mend:
+            mend()
+    finally:
+        result.still = ticks.stop()
     down = _may_be_down(fault, committed, result)
     _look(scene, result, down)
+    if run.returncode == 0 and result.after != "new" and not down:
+        result.problems.append(f"success was reported, and the guest is on: {result.after}")
     with _run(scene, result) as run:
         pass
     _look_again(scene, fault, result, down, run.returncode or 0)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -131,6 +132,17 @@ def test_a_connection_that_is_cut_at_the_commit_is_opened_again(ready, host, mon
 
     before_commit(monkeypatch, cut)
     (outcome,) = host.resume(guest)
+    check_on_new(guest, host, outcome, old)
+
+
+def test_a_guest_that_went_on_unheard_stays_on_the_new_qemu(ready, host, monkeypatch):
+    guest, old = ready
+
+    async def deaf(*dummy):
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(switch, "_resumed", deaf)
+    (outcome,) = host.resume(guest, pause_limit=0.3)
     check_on_new(guest, host, outcome, old)
 
 

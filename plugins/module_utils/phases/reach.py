@@ -52,7 +52,7 @@ async def _connect(path: str, watch: Watch, timeout: float, gone: t.Callable[[],
     if watch.ended.is_set():
         raise gone()
     try:
-        return await Monitor.connect(path, timeout)
+        return await Monitor.connect(path, timeout, pid=watch.identity.pid)
     except CprError as error:
         if error.code == "monitor-unreachable" and await watch.wait(LAST_BREATH):
             raise gone() from error

@@ -37,9 +37,13 @@ async def retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor 
         try:
             await _retire(update, monitor, old_monitor, old_watch)
         except CprError as error:
-            if error.code == "monitor-lost" and await new_watch.wait(reach.LAST_BREATH):
+            if error.code != "monitor-lost":
+                raise
+            if await new_watch.wait(reach.LAST_BREATH):
                 raise failures.new_qemu_gone(update) from error
-            raise
+            # Somebody cut the connection; every step can be done twice.
+            async with await reach.new_qemu(update, new_watch) as again:
+                await _retire(update, again, None, old_watch)
 
 
 async def _retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor | None, old_watch: Watch) -> None:

@@ -165,10 +165,11 @@ async def _commit(
     """Let the guest run on the new QEMU, and wait until it does; since when, in microseconds."""
     try:
         mark.set(True)
-        await ends.new.execute("cont", timeout=pause_limit)
-        return _microseconds(await asyncio.wait_for(_resumed(ends.new, new_events), pause_limit))
     except OSError as error:
         raise await _undo(update, ends, error) from error
+    try:
+        await ends.new.execute("cont", timeout=pause_limit)
+        return _microseconds(await asyncio.wait_for(_resumed(ends.new, new_events), pause_limit))
     except (CprError, asyncio.TimeoutError) as error:
         if isinstance(error, CprError) and error.code == "qmp-error":
             # Refused (an image that somebody locked, say): no instruction was run.

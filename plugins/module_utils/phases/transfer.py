@@ -91,9 +91,8 @@ async def _wait_for_new_monitor(
     monitor: Monitor, update: journal.Update, old_watch: Watch, new_watch: Watch, timeout: float
 ) -> None:
     """Wait until the new QEMU waits for its incoming migration; notice at once what fails."""
-    dummy, new = failures.both(update)
     deadline = time.monotonic() + timeout
-    answering = asyncio.ensure_future(_answer(new.monitor, new_watch, deadline))
+    answering = asyncio.ensure_future(_answer(update, new_watch, deadline))
     ends = [asyncio.ensure_future(watch.ended.wait()) for watch in (new_watch, old_watch)]
     try:
         while not answering.done():
@@ -126,17 +125,18 @@ async def _wait_for_new_monitor(
         await asyncio.gather(answering, *ends, return_exceptions=True)
 
 
-async def _answer(path: str, new_watch: Watch, deadline: float) -> bool:
+async def _answer(update: journal.Update, new_watch: Watch, deadline: float) -> bool:
     """Whether the new QEMU waits for its incoming migration before the deadline.
 
     It ends by itself in every case: a connection that fails just when its task is cancelled
     swallows the cancellation.
     """
+    dummy, new = failures.both(update)
     while time.monotonic() < deadline and not new_watch.ended.is_set():
-        if os.path.exists(path):
+        if os.path.exists(new.monitor):
             # It is bound a moment before it listens, and silent until QEMU has started.
             with contextlib.suppress(CprError):
-                async with await Monitor.connect(path, deadline - time.monotonic()) as monitor:
+                async with await Monitor.connect(new.monitor, deadline - time.monotonic(), pid=new.pid) as monitor:
                     if (await monitor.execute("query-status"))["status"] == "inmigrate":
                         return True
         await asyncio.sleep(_POLL)
