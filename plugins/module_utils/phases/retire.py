@@ -37,10 +37,10 @@ async def retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor 
         try:
             await _retire(update, monitor, old_monitor, old_watch)
         except CprError as error:
+            if error.code in ("monitor-lost", "path-not-restored") and await new_watch.wait(reach.LAST_BREATH):
+                raise failures.new_qemu_gone(update) from error
             if error.code != "monitor-lost":
                 raise
-            if await new_watch.wait(reach.LAST_BREATH):
-                raise failures.new_qemu_gone(update) from error
             # Somebody cut the connection; every step can be done twice.
             async with await reach.new_qemu(update, new_watch) as again:
                 await _retire(update, again, None, old_watch)
