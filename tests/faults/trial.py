@@ -144,7 +144,7 @@ def run_trial(seed: int) -> Result:
     state = directory / "state"
     state.mkdir()
     more = ["-device", "qemu-xhci,id=usb", *(["-device", "virtio-rng-pci"] if fault is VIRTIO else [])]
-    guest = boot_sector_guest(f"fault{seed}", directory / "guest", more=more)
+    guest = boot_sector_guest(f"fault{seed}-{os.getpid()}", directory / "guest", more=more)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "faults", str(state)], check=True)
     try:
         guest.start(qemu("trixie" if fault is VIRTIO else OLD_SUITE))

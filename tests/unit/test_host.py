@@ -110,8 +110,6 @@ def test_the_end_of_a_process_is_noticed_and_a_pid_alone_proves_nothing():
     assert not process.Identity(child.pid, identity.start_time + 1).is_alive()
 
     async def watch():
-        with process.Watch(process.Identity(0, 0)) as never_started:
-            assert never_started.ended.is_set()
         with process.Watch(identity) as living, process.Watch(process.Identity(child.pid, 1)) as other:
             assert other.ended.is_set()
             assert not await living.wait(0.01)
@@ -129,8 +127,11 @@ def test_a_started_program_gets_nothing_of_the_task_but_the_surroundings_given(t
     surroundings = dataclasses.replace(
         process.surroundings(os.getpid()), environment={"COLOUR": "green"}, working_directory=str(tmp_path), umask=0o027
     )
-    identity = launcher.start("/bin/sleep", ["60"], surroundings, str(tmp_path / "log"))
+    with launcher.Prepared("/bin/sleep", ["60"], surroundings, str(tmp_path / "log")) as child:
+        identity = child.identity
+        child.start()
     try:
+        assert process.identify(identity.pid) == identity  # known before it became another program
         base = pathlib.Path(f"/proc/{identity.pid}")
         assert sorted(os.listdir(base / "fd")) == ["0", "1", "2"]
         assert (base / "environ").read_bytes() == b"COLOUR=green\0"
@@ -151,8 +152,17 @@ def test_a_started_program_gets_nothing_of_the_task_but_the_surroundings_given(t
 def test_a_program_that_cant_be_started_says_why(tmp_path, binary, limits):
     surroundings = dataclasses.replace(process.surroundings(os.getpid()), limits=limits)
     with pytest.raises(CprError, match=binary) as caught:
-        launcher.start(binary, [], surroundings, str(tmp_path / "log"))
+        with launcher.Prepared(binary, [], surroundings, str(tmp_path / "log")) as child:
+            child.start()
     assert caught.value.code == "launch-failed"
+
+
+def test_a_program_that_nobody_started_ends_with_whoever_prepared_it(tmp_path):
+    surroundings = process.surroundings(os.getpid())
+    with launcher.Prepared("/bin/touch", [str(tmp_path / "started")], surroundings, str(tmp_path / "log")) as child:
+        assert child.identity.is_alive()
+    os.waitpid(child.identity.pid, 0)
+    assert not child.identity.is_alive() and not (tmp_path / "started").exists()
 
 
 def test_nobody_works_while_a_guest_is_switched():
