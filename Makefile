@@ -41,7 +41,7 @@ integration: env qemu guests
 	$(PYTHON) -m pytest tests/integration
 
 # A few minutes' part of it; TRIALS=500 is the whole.
-TRIALS = 30
+TRIALS = 20
 SEED = 0
 faults: env qemu guests
 	$(PYTHON) -m tests.faults --trials $(TRIALS) --seed $(SEED) $(if $(TABLE),--table $(TABLE))

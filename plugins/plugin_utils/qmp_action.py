@@ -51,18 +51,20 @@ def qmp_archive() -> str | None:
     return base64.b64encode(archive.getvalue()).decode()
 
 
+# Of ansible-playbook: it loads this before it forks a child for each task. A child that outlives it
+# still belongs to its run.
+_PROCESS = process.identify(os.getpid()) or process.Identity(os.getpid(), 0)
+
+
 def this_run() -> dict[str, str]:
     """The run of Ansible that this task belongs to.
 
     :returns: its ``key``, for programs, and ``who`` it is, for people.
     """
-    pid = os.getppid()  # a task runs in a child of ansible-playbook
-    identity = process.identify(pid)
-    start_time = identity.start_time if identity else 0
     user = pwd.getpwuid(os.getuid()).pw_name
     return {
-        "key": f"{_control_node()} {pid} {start_time}",
-        "who": f"process {pid} of {user} on the control node {platform.node()}",
+        "key": f"{_control_node()} {_PROCESS.pid} {_PROCESS.start_time}",
+        "who": f"process {_PROCESS.pid} of {user} on the control node {platform.node()}",
     }
 
 

@@ -139,22 +139,25 @@ def _forbid(scene: Scene) -> t.Callable[[], object]:
 
 def _cut(which: str) -> t.Callable[[Scene], None]:
     def inject(scene: Scene) -> None:
-        """Shut the connection of the task at work to a monitor down, from outside."""
-        pid = _holder(scene)
+        """Shut the connection of the task at work to a monitor down, from outside, once there is one."""
         monitor = str(scene.guest.monitor) + (".cpr1" if which == "new" else "")
-        for name in os.listdir(f"/proc/{pid}/fd"):
-            with _steal(pid, int(name)) as connection:
-                if connection is not None and connection.family == socket.AF_UNIX:
-                    try:
-                        peer = connection.getpeername()
-                    except OSError:
-                        continue
-                    if peer == monitor:
-                        connection.shutdown(socket.SHUT_RDWR)
-                        return
-        raise ProcessLookupError(f"{pid} has no connection to {monitor}")
+        wait_until(lambda: _shut(_holder(scene), monitor), "the task is connected", patience=3)
 
     return inject
+
+
+def _shut(pid: int, monitor: str) -> bool:
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with _steal(pid, int(name)) as connection:
+            if connection is not None and connection.family == socket.AF_UNIX:
+                try:
+                    peer = connection.getpeername()
+                except OSError:
+                    continue
+                if peer == monitor:
+                    connection.shutdown(socket.SHUT_RDWR)
+                    return True
+    return False
 
 
 class _steal:

@@ -345,8 +345,10 @@ def _is_locked(image: pathlib.Path) -> bool:
 
 def _what_it_did(result: Result) -> str:
     last = result.output.split("=" * 80)[-2]
+    if "had left its update unfinished. The guest went" in last:
+        return "finished it"
     if "had left its update unfinished" in last:
-        return "finished it" if "already. An earlier run" in last else "undid it, updated"
+        return "undid it, updated"
     if "already" in last:
-        return "nothing to do"
+        return "reports it" if "The run before" in last else "nothing to do"
     return "updated"

@@ -13,7 +13,7 @@ import contextlib
 import signal
 import time
 import typing as t
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
@@ -35,12 +35,27 @@ class Ends:
     new_watch: Watch
 
 
-@dataclass
 class _Progress:
-    """What the events have said so far."""
+    """What the events have said so far, and when it takes too long.
 
-    stopped: asyncio.Event = field(default_factory=asyncio.Event)
-    stop: Event | None = None
+    A timer, not a task with wait_for in it: that one swallows a cancellation that comes at the
+    moment in which it would have ended (Python before 3.12), and the guest would wait for it.
+    """
+
+    def __init__(self) -> None:
+        self.stop: Event | None = None
+        self.overdue = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def must_end_within(self, seconds: float) -> None:
+        """Let it be overdue after so many seconds, unless this is called again."""
+        self.cancel()
+        self._timer = asyncio.get_running_loop().call_later(seconds, self.overdue.set)
+
+    def cancel(self) -> None:
+        """Let it never be overdue."""
+        if self._timer:
+            self._timer.cancel()
 
 
 @contextlib.asynccontextmanager
@@ -120,26 +135,23 @@ async def _until_completed(
                 raise
             if event["event"] == "STOP":
                 progress.stop = event
-                progress.stopped.set()
+                progress.must_end_within(pause_limit)
             elif event["event"] == "MIGRATION" and event["data"]["status"] == "completed":
                 return
             elif event["event"] == "MIGRATION" and event["data"]["status"] in ("failed", "cancelled"):
                 raise CprError("migration-failed", "The new QEMU did not take the guest over.")
 
-    async def too_long() -> None:
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(progress.stopped.wait(), timeout)
-            await asyncio.sleep(pause_limit)
-
+    progress.must_end_within(timeout + pause_limit)
     new = asyncio.ensure_future(completed(ends.new, new_events, ends.new_watch))
     both = asyncio.gather(completed(ends.old, old_events, ends.old_watch), new)
     old_end, new_end, limit = alarms = [
-        asyncio.ensure_future(item) for item in (ends.old_watch.ended.wait(), ends.new_watch.ended.wait(), too_long())
+        asyncio.ensure_future(item)
+        for item in (ends.old_watch.ended.wait(), ends.new_watch.ended.wait(), progress.overdue.wait())
     ]
     try:
         await asyncio.wait({both, *alarms}, return_when=asyncio.FIRST_COMPLETED)
         if ends.old_watch.ended.is_set():
-            progress.stopped.set()  # the guest stands still, whether its STOP was heard or not
+            progress.must_end_within(pause_limit)  # the guest stands still, whether its STOP was heard or not
             await asyncio.wait({new, new_end, limit}, return_when=asyncio.FIRST_COMPLETED)
             if new.done() and not new.exception():
                 return  # the new QEMU has all of the guest, and nobody else has
@@ -154,6 +166,7 @@ async def _until_completed(
             )
         both.result()
     finally:
+        progress.cancel()
         for task in (both, *alarms):
             task.cancel()
         await asyncio.gather(both, *alarms, return_exceptions=True)
