@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Identity
+from ansible_collections.vmfleet.cpr.plugins.module_utils.taps import Tap
 
 FORMAT = 1
 
@@ -71,6 +72,9 @@ class Update:
     :ivar capabilities: the migration capabilities that both QEMUs use.
     :ivar restore: capabilities and parameters of the old QEMU as they were, to put back.
     :ivar renames: pairs of a socket's or pid file's path during the update and its stable path.
+    :ivar taps: the new QEMU's tap interfaces, each with the name that it takes over.
+    :ivar display: what ``display-update`` must be told once the old QEMU is gone.
+    :ivar forwards: pairs of a user network and a port, for ``hostfwd_add`` once the old QEMU is gone.
     :ivar durations_ms: how long each phase took, milliseconds.
     :ivar pause_ms: from STOP on the old to RESUME on the new QEMU, milliseconds.
     :ivar run: the run of Ansible that works on it: ``key``, ``who`` and ``since``; None outside
@@ -89,6 +93,9 @@ class Update:
     capabilities: dict[str, bool] = field(default_factory=dict)
     restore: dict[str, t.Any] = field(default_factory=dict)
     renames: list[tuple[str, str]] = field(default_factory=list)
+    taps: list[Tap] = field(default_factory=list)
+    display: dict[str, t.Any] | None = None
+    forwards: list[tuple[str, str]] = field(default_factory=list)
     durations_ms: dict[str, float] = field(default_factory=dict)
     pause_ms: float | None = None
     run: dict[str, str] | None = None
@@ -132,7 +139,12 @@ class Update:
 
     def _as_dict(self) -> dict[str, t.Any]:
         # Not dataclasses.asdict: its deep copies cost a millisecond each time.
-        return {**vars(self), "old": self.old and vars(self.old), "new": self.new and vars(self.new)}
+        return {
+            **vars(self),
+            "old": self.old and vars(self.old),
+            "new": self.new and vars(self.new),
+            "taps": [vars(tap) for tap in self.taps],
+        }
 
     def took(self, step: str, started: float) -> None:
         """Note how long a step took; recorded by the next `enter`.
@@ -240,6 +252,8 @@ class Journal:
             for key in ("old", "new"):
                 data[key] = Qemu(**data[key]) if data[key] else None
             data["renames"] = [tuple(pair) for pair in data["renames"]]
+            data["forwards"] = [tuple(pair) for pair in data["forwards"]]
+            data["taps"] = [Tap(**tap) for tap in data["taps"]]
             return Update(**{**data, "directory": directory})
         except (FileNotFoundError, NotADirectoryError):
             return None

@@ -9,13 +9,15 @@ Private to the collection.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
-import resource
 import signal
+import types
 import typing as t
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import process
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.surroundings import Surroundings
 
 
 class Prepared:
@@ -28,10 +30,18 @@ class Prepared:
     :ivar identity: the process that the QEMU will be.
     """
 
-    def __init__(self, binary: str, arguments: t.Sequence[str], surroundings: process.Surroundings, log: str) -> None:
+    def __init__(
+        self,
+        binary: str,
+        arguments: t.Sequence[str],
+        surroundings: Surroundings,
+        log: str,
+        descriptors: t.Mapping[int, int] = types.MappingProxyType({}),
+    ) -> None:
         """Fork.
 
         :param log: where its standard output and error go; appended to.
+        :param descriptors: ours that it gets, by the numbers at which it gets them.
         """
         self._binary = binary
         waiting, self._go = os.pipe2(os.O_CLOEXEC)
@@ -42,8 +52,16 @@ class Prepared:
                 os.close(self._go)
                 if not os.read(waiting, 1):  # whoever forked us is gone
                     os._exit(0)
+                # Out of the way of the numbers that it gets.
+                beyond = max([2, *descriptors]) + 1
+                failed = fcntl.fcntl(failed, fcntl.F_DUPFD_CLOEXEC, beyond)
+                kept = {
+                    number: fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, beyond) for number, ours in descriptors.items()
+                }
                 _redirect(log)
-                _enter(surroundings)
+                for number, ours in kept.items():
+                    os.dup2(ours, number)
+                surroundings.enter()
                 os.execve(binary, [binary, *arguments], surroundings.environment)
             except (OSError, ValueError) as error:
                 os.write(failed, str(error).encode())
@@ -93,25 +111,6 @@ def _redirect(log: str) -> None:
                 os.set_inheritable(int(name), False)
     for number in (signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP):  # ignored here, and exec keeps that
         signal.signal(number, signal.SIG_DFL)
-
-
-def _enter(surroundings: process.Surroundings) -> None:
-    # Raising limits and joining a cgroup need the privileges that the last lines give up.
-    os.setsid()
-    for path in surroundings.cgroups:
-        with open(path, "w", encoding="ascii") as stream:
-            stream.write("0")
-    for number, pair in surroundings.limits.items():
-        resource.setrlimit(number, pair)
-    os.setpriority(os.PRIO_PROCESS, 0, surroundings.nice)
-    with open(f"{process.PROC}/self/oom_score_adj", "w", encoding="ascii") as stream:
-        stream.write(str(surroundings.out_of_memory_score))
-    os.umask(surroundings.umask)
-    os.chdir(surroundings.working_directory)
-    if os.geteuid() == 0:
-        os.setgroups(surroundings.groups)
-        os.setresgid(surroundings.group, surroundings.group, surroundings.group)
-        os.setresuid(surroundings.user, surroundings.user, surroundings.user)
 
 
 def last_words(log: str, lines: int = 5) -> str:

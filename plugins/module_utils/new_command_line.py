@@ -1,12 +1,12 @@
 # Copyright: vmfleet.cpr contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The new QEMU's command line, made from the old one's.
+"""The new QEMU's command line, made from the old one's and from what that one has become since.
 
 Two QEMUs can't bind one path. So every socket and pid file that the guest's command line
 names gets a path of this update's *generation* (``/run/web1.qmp.cpr1``) and is renamed to
 its stable path (``/run/web1.qmp``) once the old QEMU is gone. The next update reads the
-stable path back from the generation's.
+stable path back from the generation's. What has no path is handed over as a descriptor.
 
 Pure functions. Private to the collection.
 """
@@ -18,6 +18,7 @@ import re
 import typing as t
 from dataclasses import dataclass, field
 
+from ansible_collections.vmfleet.cpr.plugins.module_utils import character_devices, taps, user_network, vnc
 from ansible_collections.vmfleet.cpr.plugins.module_utils.command_line import (
     Option,
     Properties,
@@ -30,22 +31,57 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 SOCKET_PATH_LIMIT = 107
 
 # Options whose argument describes a character device in QEMU's short form.
-_SHORT_CHARDEVS = ("qmp", "qmp-pretty", "monitor", "serial", "parallel", "debugcon", "gdb", "vnc")
+_SHORT_CHARDEVS = (*character_devices.SHORT_FORMS, "vnc")
+# Below them are standard input, output and error.
+_FIRST_DESCRIPTOR = 10
 _GENERATION = re.compile(r"^(?P<stable>.+)\.cpr(?P<number>[0-9]+)$", re.DOTALL)
 
 # What the new QEMU can't be given safely, each with its reason.
 _REFUSED = {
     "snapshot": "its disk writes are in temporary files that only the running QEMU has",
     "loadvm": "the new QEMU would load that snapshot over the running guest's state",
-    "add-fd": "it names a file descriptor that only the running QEMU has",
     "preconfig": "the new QEMU would stop for its configuration before it takes the guest over",
-    "readconfig": "what the file configures is not carried over yet",
-    "runas": "the new QEMU starts as the user that the running one has become",
     "chroot": "paths mean something else inside it",
     "D": "the new QEMU would truncate the log that the running one writes",
     "tpmdev": "the emulator behind it serves one QEMU at a time",
 }
-_REFUSED_RUN_WITH = ("user", "chroot", "exit-with-parent")
+_REFUSED_RUN_WITH = ("chroot", "exit-with-parent")
+_ONLY_THERE = "it names a file descriptor that only the running QEMU has"
+
+
+@dataclass(frozen=True)
+class Descriptor:
+    """A file descriptor that the new QEMU must have.
+
+    :ivar number: its number there.
+    :ivar of_old: the old QEMU's descriptor that it is a duplicate of.
+    :ivar tap: or else the temporary interface of a tap that it is a queue of.
+    :ivar path: or else the file that it is.
+    """
+
+    number: int
+    of_old: int | None = None
+    tap: str | None = None
+    path: str | None = None
+
+
+@dataclass(frozen=True)
+class Running:
+    """What the running QEMU has, whatever its command line says.
+
+    :ivar machine_type: versioned.
+    :ivar taps: for each tap backend of the command line, in order.
+    :ivar fd_sets: what ``query-fdsets`` returned.
+    :ivar displays: what ``query-vnc-servers`` returned.
+    :ivar user_networks: what ``info usernet`` prints.
+    """
+
+    machine_type: str
+    listeners: t.Sequence[character_devices.Listener] = ()
+    taps: t.Sequence[taps.Tap] = ()
+    fd_sets: t.Sequence[t.Mapping[str, t.Any]] = ()
+    displays: t.Sequence[t.Mapping[str, t.Any]] = ()
+    user_networks: str = ""
 
 
 @dataclass
@@ -55,11 +91,23 @@ class NewCommandLine:
     :ivar arguments: the words of the command line, the binary (``argv[0]``) left out.
     :ivar generation: how many live updates lie behind the new QEMU, this one counted.
     :ivar renames: pairs of a path of this generation and the stable path that it becomes.
+    :ivar descriptors: what it must be born with.
+    :ivar display: what ``display-update`` must be told once the old QEMU is gone, or None.
+    :ivar forwards: pairs of a network and a port, for ``hostfwd_add`` once the old QEMU is gone.
     """
 
     arguments: list[Option]
     generation: int
     renames: list[tuple[str, str]] = field(default_factory=list)
+    descriptors: list[Descriptor] = field(default_factory=list)
+    display: dict[str, t.Any] | None = None
+    forwards: list[tuple[str, str]] = field(default_factory=list)
+
+    def descriptor(self, of_old: int | None = None, **source: str) -> int:
+        """Ask for one more descriptor; its number in the new QEMU."""
+        number = _FIRST_DESCRIPTOR + len(self.descriptors)
+        self.descriptors.append(Descriptor(number, of_old, **source))
+        return number
 
 
 def stable_path(path: str) -> str:
@@ -113,12 +161,10 @@ def qmp_paths(options: t.Sequence[Option]) -> list[str]:
     return [stable_path(path) if updated else path for path in found]
 
 
-def make(options: t.Sequence[Option], *, machine_type: str, cpr_socket: str) -> NewCommandLine:
+def make(options: t.Sequence[Option], running: Running, *, cpr_socket: str) -> NewCommandLine:
     """The command line of a QEMU that takes this guest over by cpr-transfer.
 
     :param options: the old QEMU's.
-    :param machine_type: the versioned machine type that the old QEMU resolved; ``q35`` means
-        something newer in a newer binary.
     :param cpr_socket: where the new QEMU shall wait for the CPR state.
     :raises CprError: ``unsupported-option`` for what can't be carried over safely;
         ``socket-path-too-long`` where a generation's path would not fit.
@@ -126,9 +172,16 @@ def make(options: t.Sequence[Option], *, machine_type: str, cpr_socket: str) -> 
     refuse_unsupported(options)
     updated = generation_of(options) > 0
     result = NewCommandLine([], generation_of(options) + 1)
-    for index, option in enumerate(options):
-        if option.name in ("S", "incoming", "daemonize"):
+    doubles = iter(running.taps)
+    written = character_devices.write_out(options)
+    written, result.display = vnc.without_port(written, running.displays)
+    written, result.forwards = user_network.without_ports(written, running.user_networks)
+    for index, option in enumerate(written):
+        if option.name in ("S", "incoming", "daemonize", "add-fd"):
             continue  # the launcher detaches the new QEMU itself
+        option = character_devices.with_listener(option, running.listeners, result.descriptor)
+        if taps.is_tap(option):
+            option = _with_tap(option, next(doubles), result)
         path = _bound_path(option)
         if path:
             stable = stable_path(path) if updated else path
@@ -142,8 +195,13 @@ def make(options: t.Sequence[Option], *, machine_type: str, cpr_socket: str) -> 
                 )
             result.renames.append((temporary, stable))
             option = _with_bound_path(option, temporary)
-        result.arguments.extend(_appending(option, _serial_number(options, index)))
-    result.arguments = _with_machine_type(result.arguments, machine_type)
+        result.arguments.extend(_appending(option, _serial_number(written, index)))
+    for item in running.fd_sets:
+        result.arguments += _fd_set(item, result)
+    if character_devices.uses_standard_streams(written):
+        result.descriptors += [Descriptor(number, of_old=number) for number in (0, 1)]
+    # Pinned: q35 means something newer in a newer binary.
+    result.arguments = _with_machine_type(result.arguments, running.machine_type)
     channel = {"channel-type": "cpr", "addr": {"transport": "socket", "type": "unix", "path": cpr_socket}}
     result.arguments += [
         Option("-S"),
@@ -153,39 +211,42 @@ def make(options: t.Sequence[Option], *, machine_type: str, cpr_socket: str) -> 
     return result
 
 
+def _with_tap(option: Option, tap: taps.Tap, result: NewCommandLine) -> Option:
+    queues = range(tap.queues)
+    numbers = [result.descriptor(tap=tap.temporary) for dummy in queues]
+    vhost = [result.descriptor(path="/dev/vhost-net") for dummy in queues] if taps.has_vhost_descriptors(option) else []
+    return taps.with_descriptors(option, numbers, vhost)
+
+
+def _fd_set(fd_set: t.Mapping[str, t.Any], result: NewCommandLine) -> list[Option]:
+    """The options that give the new QEMU the same set of descriptors."""
+    found = []
+    for item in fd_set["fds"]:
+        pairs: list[tuple[str | None, str]] = [
+            ("fd", str(result.descriptor(item["fd"]))),
+            ("set", str(fd_set["fdset-id"])),
+        ]
+        if item.get("opaque"):
+            pairs.append(("opaque", item["opaque"]))
+        found.append(Option("-add-fd", str(Properties(pairs))))
+    return found
+
+
+def changes_user(options: t.Iterable[Option]) -> bool:
+    """Whether a QEMU with these options starts as root and becomes another user by itself."""
+    return any(
+        option.name == "runas" or option.name == "run-with" and read_properties(option).get("user") is not None
+        for option in options
+    )
+
+
 def refuse_unsupported(options: t.Sequence[Option]) -> None:
     """Refuse a command line that can't be carried over safely.
 
     :raises CprError: ``unsupported-option`` with the option and the reason.
     """
-    explicit_serial = any(option.name == "serial" for option in options)
     for option in options:
-        reason = _REFUSED.get(option.name)
-        properties = read_properties(option) if option.value else Properties([])
-        keys = {(key or "").rpartition(".")[2] for key, dummy in properties.pairs}
-        if option.name == "run-with" and keys.intersection(_REFUSED_RUN_WITH):
-            reason = "it ties the process to the user, root or parent that the running one started with"
-        elif option.name in ("netdev", "nic", "net", "chardev", "object") and keys & {
-            "fd",
-            "fds",
-            "vhostfd",
-            "vhostfds",
-        }:
-            reason = _REFUSED["add-fd"]
-        elif option.name == "drive" and properties.is_on("snapshot"):
-            reason = _REFUSED["snapshot"]
-        elif _is_socket_not_carried(option, properties):
-            reason = "this form of a UNIX socket is not carried over yet"
-        elif "/dev/fdset/" in (option.value or ""):
-            reason = _REFUSED["add-fd"]
-        elif "vhost-user" in (properties.implied or properties.get("driver") or properties.get("type") or ""):
-            reason = "its backend serves one QEMU at a time"
-        elif properties.get("abstract") is not None and properties.is_on("abstract"):
-            reason = "an abstract socket can't be handed over"
-        elif option.name == "nographic" and not explicit_serial:
-            reason = "it puts the console on the running process's own terminal"
-        elif option.name in _SHORT_CHARDEVS + ("chardev",) and (properties.implied or "").rpartition(":")[2] == "stdio":
-            reason = "it is the running process's own terminal"
+        reason = _refusal(option, read_properties(option) if option.value else Properties([]))
         if reason:
             raise CprError(
                 "unsupported-option",
@@ -194,15 +255,34 @@ def refuse_unsupported(options: t.Sequence[Option]) -> None:
             )
 
 
+def _refusal(option: Option, properties: Properties) -> str | None:
+    """Why an option can't be carried over, or None if it can."""
+    kind = properties.implied or properties.get("driver") or properties.get("type") or properties.get("backend") or ""
+    keys = {(key or "").rpartition(".")[2] for key, dummy in properties.pairs}
+    reason = _REFUSED.get(option.name)
+    if option.name == "run-with" and keys.intersection(_REFUSED_RUN_WITH):
+        reason = "it ties the process to the root or the parent that the running one started with"
+    elif option.name in ("netdev", "nic", "net", "chardev", "object", "device") and keys & {"fd", "fds"}:
+        is_listener = option.name == "chardev" and kind == "socket" and properties.is_on("server")
+        reason = None if taps.is_tap(option) or is_listener else _ONLY_THERE
+    elif option.name == "drive" and properties.is_on("snapshot"):
+        reason = _REFUSED["snapshot"]
+    elif _is_socket_not_carried(option, properties):
+        reason = "this form of a UNIX socket is not carried over"
+    elif "vhost-user" in kind:
+        reason = "its backend serves one QEMU at a time"
+    elif option.name == "spice" and keys & {"port", "tls-port"}:
+        reason = "its port can't be handed over"
+    elif option.name in ("netdev", "net", "nic") and (keys & {"listen", "localaddr"} or properties.is_on("server")):
+        reason = "its port can't be handed over"
+    elif kind == "udp" and keys & {"localport", "localaddr"} or re.match(r"(mon:)?udp:.*@", option.value or ""):
+        reason = "its port can't be handed over"
+    return reason
+
+
 def _is_socket_not_carried(option: Option, properties: Properties) -> bool:
     """Whether both QEMUs would bind one path, and the old one's exit remove it."""
-    value = option.value or ""
-    return (
-        (option.name in _SHORT_CHARDEVS and value.startswith("mon:unix:"))
-        or (option.name == "netdev" and properties.is_on("server") and properties.get("addr.type") == "unix")
-        or (option.name == "spice" and properties.is_on("unix"))
-        or (option.name == "display" and value.startswith("vnc=unix:"))
-    )
+    return option.name == "spice" and properties.is_on("unix")
 
 
 def _bound_path(option: Option) -> str | None:
@@ -216,7 +296,7 @@ def _bound_path(option: Option) -> str | None:
             return properties.implied or properties.get("path")
     if option.name == "chardev":
         properties = read_properties(option)
-        if properties.implied == "socket" and properties.is_on("server"):
+        if properties.implied == "socket" and properties.is_on("server") and not properties.is_on("abstract"):
             return properties.get("path")
     return None
 
@@ -229,24 +309,18 @@ def _with_bound_path(option: Option, path: str) -> Option:
     if option.name == "pidfile":
         return Option(option.flag, path)
     if option.name == "chardev":
-        return Option(option.flag, str(_without_wait(read_properties(option).with_value("path", path))))
+        return Option(
+            option.flag, str(character_devices.without_wait(read_properties(option).with_value("path", path)))
+        )
     properties = Properties.read((option.value or "")[len("unix:") :])
     if properties.implied is None:
         properties = properties.with_value("path", path)
     else:
         properties = Properties([(None, path), *properties.pairs[1:]])
     # VNC waits for nobody and has no such key.
-    return Option(option.flag, f"unix:{properties if option.name == 'vnc' else _without_wait(properties)}")
-
-
-def _without_wait(properties: Properties) -> Properties:
-    """A server socket that does not wait for a client, as QEMU by default does.
-
-    The client that the old QEMU waited for is connected to that one; the new one would never
-    start.
-    """
-    pairs = [pair for pair in properties.pairs if pair not in ((None, "wait"), (None, "nowait"))]
-    return Properties(pairs).with_value("wait", "off")
+    return Option(
+        option.flag, f"unix:{properties if option.name == 'vnc' else character_devices.without_wait(properties)}"
+    )
 
 
 def _serial_number(options: t.Sequence[Option], index: int) -> int:

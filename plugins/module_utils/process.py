@@ -1,7 +1,7 @@
 # Copyright: vmfleet.cpr contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""QEMU processes as ``/proc`` shows them: who runs, what surrounds it, has it ended.
+"""QEMU processes as ``/proc`` shows them: who runs, what is open, has it ended.
 
 Private to the collection.
 """
@@ -12,38 +12,17 @@ import asyncio
 import contextlib
 import os
 import re
-import resource
 import signal
-import typing as t
+import time
 from dataclasses import dataclass
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import command_line
+from ansible_collections.vmfleet.cpr.plugins.module_utils import command_line, read_config
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 
 PROC = "/proc"
 # Distributions and people decorate the name: qemu-system-x86_64-11.1, .qemu-kvm-wrapped.
 _QEMU = re.compile(r"qemu-system-|qemu-kvm")
 _DELETED = " (deleted)"
-# Seconds that systemd gets to answer.
-_SYSTEMD_TIMEOUT = 10.0
-
-# The rows of /proc/PID/limits, by what the kernel calls them (fs/proc/base.c).
-_LIMITS = {
-    "Max cpu time": resource.RLIMIT_CPU,
-    "Max file size": resource.RLIMIT_FSIZE,
-    "Max data size": resource.RLIMIT_DATA,
-    "Max stack size": resource.RLIMIT_STACK,
-    "Max core file size": resource.RLIMIT_CORE,
-    "Max processes": resource.RLIMIT_NPROC,
-    "Max open files": resource.RLIMIT_NOFILE,
-    "Max locked memory": resource.RLIMIT_MEMLOCK,
-    "Max address space": resource.RLIMIT_AS,
-    "Max pending signals": resource.RLIMIT_SIGPENDING,
-    "Max msgqueue size": resource.RLIMIT_MSGQUEUE,
-    "Max nice priority": resource.RLIMIT_NICE,
-    "Max realtime priority": resource.RLIMIT_RTPRIO,
-    "Max realtime timeout": resource.RLIMIT_RTTIME,
-}
 
 
 @dataclass(frozen=True)
@@ -91,36 +70,39 @@ class QemuProcess:
 
     @property
     def options(self) -> list[command_line.Option]:
-        """The command line, read.
+        """The command line, read, and what a ``-readconfig`` adds to it.
 
-        :raises CprError: as `command_line.parse`.
+        :raises CprError: as `command_line.parse` and `read_config.options`; ``config-changed``.
         """
-        return command_line.parse(self.arguments)
+        found = []
+        for option in command_line.parse(self.arguments):
+            found += self._configured(option) if option.name == "readconfig" else [option]
+        return found
+
+    def _configured(self, option: command_line.Option) -> list[command_line.Option]:
+        path = self.path(option.value or "")
+        try:
+            with open(path, encoding="utf-8") as stream:
+                changed, text = os.fstat(stream.fileno()).st_mtime, stream.read()
+        except (OSError, UnicodeDecodeError) as error:
+            raise read_config.unreadable(str(error)) from error
+        if changed > _started_at(self.identity) + 1:
+            raise CprError(
+                "config-changed",
+                f"The guest's -readconfig {path} was changed after its start: what it runs with can't be told.",
+                "Put the file back as it was (and its time of change), or leave this guest out of live_update_guests.",
+            )
+        return read_config.options(text, command_line.OPTIONS_WITH_ARGUMENT)
 
     def path(self, path: str) -> str:
         """A path from its command line as seen from outside its working directory."""
         return os.path.join(self.working_directory, path)
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """What a process inherits and a new QEMU for the same guest must get alike.
-
-    :ivar groups: the supplementary groups.
-    :ivar limits: pairs of soft and hard limit by ``resource.RLIMIT_*``.
-    :ivar cgroups: for each cgroup hierarchy the ``cgroup.procs`` file that puts a process there.
-    """
-
-    working_directory: str
-    environment: dict[str, str]
-    user: int
-    group: int
-    groups: tuple[int, ...]
-    umask: int
-    nice: int
-    out_of_memory_score: int
-    limits: dict[int, tuple[int, int]]
-    cgroups: tuple[str, ...]
+def _started_at(identity: Identity) -> float:
+    """When a process was started, in seconds of the clock."""
+    since_boot = identity.start_time / os.sysconf("SC_CLK_TCK")
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
 
 
 def identify(pid: int) -> Identity | None:
@@ -147,7 +129,7 @@ def read(pid: int) -> QemuProcess:
             on_disk = "replaced"
     except OSError:
         on_disk = "deleted"
-    words = _read(pid, "cmdline").split("\0")[:-1]
+    words = read_file(pid, "cmdline").split("\0")[:-1]
     return QemuProcess(
         identity=identity,
         arguments=tuple(words[1:]),
@@ -185,108 +167,16 @@ def _runs_no_machine(process: QemuProcess) -> bool:
     return machine == "none"
 
 
-def surroundings(pid: int) -> Surroundings:
-    """What surrounds a running process.
+def descriptors(pid: int) -> dict[int, str]:
+    """What a process has open, by its descriptors.
 
     :raises OSError: it is gone, or it belongs to another user.
     """
-    status = dict(line.split(":\t", 1) for line in _read(pid, "status").splitlines() if ":\t" in line)
-    environment = dict(word.split("=", 1) for word in _read(pid, "environ").split("\0") if "=" in word)
-    return Surroundings(
-        working_directory=os.readlink(f"{PROC}/{pid}/cwd"),
-        environment=environment,
-        user=int(status["Uid"].split()[1]),
-        group=int(status["Gid"].split()[1]),
-        groups=tuple(int(word) for word in status["Groups"].split()),
-        umask=int(status["Umask"], 8),
-        nice=os.getpriority(os.PRIO_PROCESS, pid),
-        out_of_memory_score=int(_read(pid, "oom_score_adj")),
-        limits=parse_limits(_read(pid, "limits")),
-        cgroups=tuple(_cgroup_files(_read(pid, "cgroup"), _read("self", "cgroup"), _read("self", "mountinfo"))),
-    )
-
-
-def parse_limits(text: str) -> dict[int, tuple[int, int]]:
-    """``/proc/PID/limits`` as pairs of soft and hard limit by ``resource.RLIMIT_*``."""
-    limits = {}
-    for line in text.splitlines():
-        for title, number in _LIMITS.items():
-            if line.startswith(title + " "):
-                soft, hard = (
-                    resource.RLIM_INFINITY if word == "unlimited" else int(word)
-                    for word in line[len(title) :].split()[:2]
-                )
-                limits[number] = (soft, hard)
-    return limits
-
-
-def _cgroup_files(theirs: str, ours: str, mounts: str) -> t.Iterator[str]:
-    """The ``cgroup.procs`` files of the hierarchies in which a process isn't where we are.
-
-    :param theirs: its ``/proc/PID/cgroup``.
-    :param ours: our own.
-    :param mounts: our ``/proc/self/mountinfo``, which says where each hierarchy is mounted.
-    """
-    for line in set(theirs.splitlines()) - set(ours.splitlines()):
-        dummy, controllers, path = line.split(":", 2)
-        for mount in mounts.splitlines():
-            left, dummy, right = mount.partition(" - ")
-            root, point = left.split()[3:5]
-            kind, dummy, options = right.split()[:3]
-            is_this = (
-                kind == "cgroup2"
-                if not controllers
-                else (kind == "cgroup" and set(controllers.split(",")) <= set(options.split(",")))
-            )
-            if is_this and (path + "/").startswith(root.rstrip("/") + "/"):
-                yield os.path.join(point, path[len(root.rstrip("/")) :].lstrip("/"), "cgroup.procs")
-                break
-
-
-def systemd_unit(cgroup: str) -> str | None:
-    """The service unit in whose cgroup, or below it, a process is; None without one.
-
-    A service of a user's own manager is given with that manager before it.
-
-    :param cgroup: its ``/proc/PID/cgroup``.
-    """
-    for line in cgroup.splitlines():
-        if line.startswith("0::") or ":name=systemd:" in line:
-            services = [name for name in line.split("/") if name.endswith(".service")]
-            if services and not services[-1].startswith("user@"):
-                return "/".join(services[-2:]) if services[0].startswith("user@") else services[-1]
-    return None
-
-
-async def is_owned_by_unit(pid: int) -> str | None:
-    """The systemd service whose main or control process this is or comes from, or None.
-
-    :raises CprError: ``systemd-silent`` if systemd doesn't answer.
-    """
-    unit = systemd_unit(_read(pid, "cgroup"))
-    if unit is None or not os.path.isdir("/run/systemd/system"):
-        return None
-    if "/" in unit:
-        return unit  # of a user's own manager, which can't be asked from here
-    command = ["systemctl", "show", "--property=MainPID,ControlPID", "--value", unit]
-    child = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
-    try:
-        answer, dummy = await asyncio.wait_for(child.communicate(), _SYSTEMD_TIMEOUT)
-    except asyncio.TimeoutError:
-        child.kill()
-        raise CprError(
-            "systemd-silent",
-            f"systemd did not say within {_SYSTEMD_TIMEOUT:g} s what the unit {unit} consists of.",
-            "See whether `systemctl status` works on this host.",
-        ) from None
-    return unit if set(answer.decode().split()).intersection(map(str, _lineage(pid))) else None
-
-
-def _lineage(pid: int) -> t.Iterator[int]:
-    """A process and all that it comes from, but for the first process of all."""
-    while pid > 1:
-        yield pid
-        pid = int(_read(pid, "stat").rpartition(")")[2].split()[1])
+    found = {}
+    for number in map(int, os.listdir(f"{PROC}/{pid}/fd")):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found[number] = os.readlink(f"{PROC}/{pid}/fd/{number}")
+    return found
 
 
 class Watch:
@@ -357,13 +247,14 @@ class Watch:
 def _state(pid: int) -> tuple[int, str] | None:
     """Start time of the process with this pid and the letter of its state, or None without one."""
     try:
-        text = _read(pid, "stat")
+        text = read_file(pid, "stat")
     except OSError:
         return None
     fields = text.rpartition(")")[2].split()  # the name before it may hold anything
     return int(fields[19]), fields[0]
 
 
-def _read(pid: int | str, name: str) -> str:
+def read_file(pid: int | str, name: str) -> str:
+    """A file of a process's directory in ``/proc``."""
     with open(f"{PROC}/{pid}/{name}", encoding="utf-8", errors="surrogateescape") as stream:
         return stream.read()

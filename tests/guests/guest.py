@@ -262,10 +262,18 @@ def boot_sector_guest(
     )  # fmt: skip
 
 
-def linux_guest(name: str, directory: pathlib.Path, more: t.Sequence[str] = ()) -> LinuxGuest:
+def linux_guest(
+    name: str,
+    directory: pathlib.Path,
+    more: t.Sequence[str] = (),
+    network: t.Sequence[str] = ("-netdev", "user,id=net0", "-device", "virtio-net-pci,netdev=net0"),
+    address: str | None = None,
+) -> LinuxGuest:
     """A Linux guest with two processors, a disk, a network card and a random number generator.
 
     It runs under TCG: that works on every machine.
+
+    :param address: what its card gets, with the length of the prefix; it then echoes at port 7.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "disk.img", "wb") as disk:
@@ -280,11 +288,11 @@ def linux_guest(name: str, directory: pathlib.Path, more: t.Sequence[str] = ()) 
             "-object", "memory-backend-memfd,id=ram0,size=256M,share=on",
             "-nodefaults", "-display", "none",
             "-kernel", str(CACHE / "guests" / "vmlinuz"), "-initrd", str(CACHE / "guests" / "initrd"),
-            "-append", "console=ttyS0 quiet panic=-1",
+            "-append", f"console=ttyS0 quiet panic=-1{f' address={address}' if address else ''}",
             "-blockdev", "driver=file,filename={dir}/disk.img,node-name=file0",
             "-blockdev", '{"driver":"raw","node-name":"disk0","file":"file0"}',
             "-device", "virtio-blk-pci,drive=disk0",
-            "-netdev", "user,id=net0", "-device", "virtio-net-pci,netdev=net0",
+            *network,
             "-device", "virtio-rng-pci",
             "-chardev", "file,id=console,path={dir}/console.log", "-serial", "chardev:console",
             "-chardev", "socket,id=monitor,path={dir}/qmp.sock,server=on,wait=off",

@@ -15,7 +15,7 @@ import subprocess
 
 import pytest
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import launcher, process
+from ansible_collections.vmfleet.cpr.plugins.module_utils import launcher, process, surroundings, systemd
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.journal import FINISHED, Journal, Qemu
 from ansible_collections.vmfleet.cpr.plugins.module_utils.quiet import Quiet
@@ -75,7 +75,7 @@ def test_limits_are_read_as_the_kernel_writes_them():
         "Max locked memory         unlimited            unlimited            bytes     \n"
         "Max nice priority         0                    0                    \n"
     )
-    assert process.parse_limits(text) == {
+    assert surroundings.parse_limits(text) == {
         resource.RLIMIT_NOFILE: (1024, 524288),
         resource.RLIMIT_MEMLOCK: (resource.RLIM_INFINITY, resource.RLIM_INFINITY),
         resource.RLIMIT_NICE: (0, 0),
@@ -83,7 +83,7 @@ def test_limits_are_read_as_the_kernel_writes_them():
 
 
 def test_our_own_limits_read_like_the_c_library_says():
-    for number, pair in process.surroundings(os.getpid()).limits.items():
+    for number, pair in surroundings.read(os.getpid()).limits.items():
         assert pair == resource.getrlimit(number)
 
 
@@ -100,7 +100,7 @@ def test_our_own_limits_read_like_the_c_library_says():
     ],
 )
 def test_a_service_unit_is_told_from_a_scope(cgroup, unit):
-    assert process.systemd_unit(cgroup) == unit
+    assert systemd.systemd_unit(cgroup) == unit
 
 
 def test_the_end_of_a_process_is_noticed_and_a_pid_alone_proves_nothing():
@@ -124,10 +124,10 @@ def test_the_end_of_a_process_is_noticed_and_a_pid_alone_proves_nothing():
 def test_a_started_program_gets_nothing_of_the_task_but_the_surroundings_given(tmp_path):
     leaked = os.open(os.devnull, os.O_RDONLY)
     os.set_inheritable(leaked, True)
-    surroundings = dataclasses.replace(
-        process.surroundings(os.getpid()), environment={"COLOUR": "green"}, working_directory=str(tmp_path), umask=0o027
+    around = dataclasses.replace(
+        surroundings.read(os.getpid()), environment={"COLOUR": "green"}, working_directory=str(tmp_path), umask=0o027
     )
-    with launcher.Prepared("/bin/sleep", ["60"], surroundings, str(tmp_path / "log")) as child:
+    with launcher.Prepared("/bin/sleep", ["60"], around, str(tmp_path / "log")) as child:
         identity = child.identity
         child.start()
     try:
@@ -150,16 +150,16 @@ def test_a_started_program_gets_nothing_of_the_task_but_the_surroundings_given(t
     ("binary", "limits"), [("/no/such/binary", {}), ("/bin/true", {resource.RLIMIT_NOFILE: (2, 1)})]
 )
 def test_a_program_that_cant_be_started_says_why(tmp_path, binary, limits):
-    surroundings = dataclasses.replace(process.surroundings(os.getpid()), limits=limits)
+    around = dataclasses.replace(surroundings.read(os.getpid()), limits=limits)
     with pytest.raises(CprError, match=binary) as caught:
-        with launcher.Prepared(binary, [], surroundings, str(tmp_path / "log")) as child:
+        with launcher.Prepared(binary, [], around, str(tmp_path / "log")) as child:
             child.start()
     assert caught.value.code == "launch-failed"
 
 
 def test_a_program_that_nobody_started_ends_with_whoever_prepared_it(tmp_path):
-    surroundings = process.surroundings(os.getpid())
-    with launcher.Prepared("/bin/touch", [str(tmp_path / "started")], surroundings, str(tmp_path / "log")) as child:
+    around = surroundings.read(os.getpid())
+    with launcher.Prepared("/bin/touch", [str(tmp_path / "started")], around, str(tmp_path / "log")) as child:
         assert child.identity.is_alive()
     os.waitpid(child.identity.pid, 0)
     assert not child.identity.is_alive() and not (tmp_path / "started").exists()

@@ -17,14 +17,18 @@ from dataclasses import dataclass
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     command_line,
+    descriptors,
     guests,
     handshake,
     journal,
     launcher,
+    namespaces,
+    network,
     new_command_line,
     process,
     offer,
     qemu_binary,
+    surroundings,
 )
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, preflight, recover, rollback
@@ -160,13 +164,10 @@ def _outcome(
 def _plan(records: journal.Journal, name: str, inspection: preflight.Inspection, binary: offer.Binary) -> Plan:
     old = inspection.process
     observation = t.cast("t.Any", inspection.observation)
+    running = t.cast(new_command_line.Running, inspection.running)
     update = journal.Update(guest=name, directory=records.path(name))
     update.generation = new_command_line.generation_of(old.options) + 1
-    command = new_command_line.make(
-        old.options,
-        machine_type=observation.machine_type,
-        cpr_socket=update.cpr_socket,
-    )
+    command = new_command_line.make(old.options, running, cpr_socket=update.cpr_socket)
     if len(update.main_socket.encode()) > new_command_line.SOCKET_PATH_LIMIT:
         raise CprError(
             "socket-path-too-long",
@@ -175,6 +176,8 @@ def _plan(records: journal.Journal, name: str, inspection: preflight.Inspection,
         )
     update.machine_type = observation.machine_type
     update.run_state = observation.run_state
+    update.taps = list(running.taps)
+    update.display, update.forwards = command.display, command.forwards
     update.renames = [(old.path(temporary), old.path(stable)) for temporary, stable in command.renames]
     update.capabilities = handshake.agree_capabilities(observation.offer, binary.offer)
     monitor = t.cast(str, inspection.monitor)
@@ -192,7 +195,28 @@ def _plan(records: journal.Journal, name: str, inspection: preflight.Inspection,
         version=binary.offer.version_text,
         monitor=next(temporary for temporary, stable in update.renames if stable == monitor),
     )
+    _check_visible(old, [binary.path, records.directory, *(os.path.dirname(path) for path, dummy in update.renames)])
     return Plan(inspection, binary, update, command)
+
+
+def _check_visible(old: process.QemuProcess, paths: t.Iterable[str]) -> None:
+    """In a mount namespace of its own a QEMU may see something else at a path than we do."""
+    if namespaces.shares(old.identity.pid, "mnt"):
+        return
+    for path in paths:
+        while not os.path.exists(path):
+            path = os.path.dirname(path)
+        try:
+            same = os.path.samefile(path, f"{process.PROC}/{old.identity.pid}/root{path}")
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise CprError(
+                "path-not-visible",
+                f"The guest's QEMU is in a mount namespace of its own and does not see {path} as this host does.",
+                "Choose a state_directory and a place for the new QEMU that both see, or leave this guest out of"
+                " live_update_guests.",
+            )
 
 
 async def launch(plan: Plan, *, timeout: float) -> None:
@@ -207,14 +231,19 @@ async def launch(plan: Plan, *, timeout: float) -> None:
     """
     update = plan.update
     started = time.monotonic()
-    surroundings = process.surroundings(plan.inspection.process.identity.pid)
-    _make_channels(update, surroundings)
+    old, new = failures.both(update)
+    around = surroundings.read(old.pid)
+    _make_channels(update, around)
+    if new_command_line.changes_user(plan.command.arguments):
+        around = around.as_root()
     try:
-        with launcher.Prepared(plan.binary.path, plan.arguments, surroundings, update.log) as child:
-            dummy, new = failures.both(update)
-            new.pid, new.start_time = child.identity.pid, child.identity.start_time
-            update.enter(journal.LAUNCHING)
-            child.start()
+        with descriptors.opened(plan.command.descriptors, update.taps, old.identity) as held:
+            for tap in update.taps:
+                await network.make_alike(old.pid, tap, timeout=timeout)
+            with launcher.Prepared(plan.binary.path, plan.arguments, around, update.log, held) as child:
+                new.pid, new.start_time = child.identity.pid, child.identity.start_time
+                update.enter(journal.LAUNCHING)
+                child.start()
         with process.Watch(child.identity) as watch:
             try:
                 await _wait_until_listening(update, watch, timeout)
@@ -230,13 +259,13 @@ async def launch(plan: Plan, *, timeout: float) -> None:
     update.enter(journal.LAUNCHED)
 
 
-def _make_channels(update: journal.Update, surroundings: process.Surroundings) -> None:
+def _make_channels(update: journal.Update, around: surroundings.Surroundings) -> None:
     """An empty directory that only the new QEMU's user can enter."""
     os.makedirs(update.directory, mode=0o711, exist_ok=True)
     shutil.rmtree(update.channels, ignore_errors=True)
     os.mkdir(update.channels, mode=0o700)
     if os.geteuid() == 0:
-        os.chown(update.channels, surroundings.user, surroundings.group)
+        os.chown(update.channels, around.user, around.group)
     for leftover in [update.log, *(temporary for temporary, dummy in update.renames)]:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(leftover)
@@ -245,7 +274,7 @@ def _make_channels(update: journal.Update, surroundings: process.Surroundings) -
 async def _wait_until_listening(update: journal.Update, watch: process.Watch, timeout: float) -> None:
     path = update.cpr_socket
     deadline = time.monotonic() + timeout
-    while not _is_listening(path):
+    while not _is_listening(path, watch.identity.pid):
         if time.monotonic() > deadline:
             raise CprError(
                 "new-qemu-silent",
@@ -256,10 +285,13 @@ async def _wait_until_listening(update: journal.Update, watch: process.Watch, ti
             raise failures.new_qemu_exited(update)
 
 
-def _is_listening(path: str) -> bool:
+def _is_listening(path: str, pid: int) -> bool:
     """Whether a process listens at this path; the file alone is there a moment earlier."""
     if not os.path.exists(path):
         return False
-    with open(f"{process.PROC}/net/unix", encoding="utf-8", errors="surrogateescape") as stream:
-        # Flags 00010000 is __SO_ACCEPTCON (proc_net_unix in net/unix/af_unix.c).
-        return any(line.rstrip("\n").endswith(" " + path) and line.split()[3] == "00010000" for line in stream)
+    try:
+        table = process.read_file(pid, "net/unix")  # of its own network namespace
+    except OSError:
+        return False
+    # Flags 00010000 is __SO_ACCEPTCON (proc_net_unix in net/unix/af_unix.c).
+    return any(line.endswith(" " + path) and line.split()[3] == "00010000" for line in table.splitlines())

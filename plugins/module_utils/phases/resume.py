@@ -88,7 +88,7 @@ async def resume(
             update.took("switch", started)
         async with quiet.work():
             await retire.retire(update, ends.new, ends.old)
-    return Outcome(update.guest, True, retire.message(update), update)
+    return Outcome(update.guest, True, str(update.message), update)
 
 
 async def _note_run_state(update: journal.Update, monitor: Monitor) -> None:

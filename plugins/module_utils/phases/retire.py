@@ -14,7 +14,7 @@ import shutil
 import stat
 import time
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
+from ansible_collections.vmfleet.cpr.plugins.module_utils import journal, network, user_network
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, setup
@@ -48,7 +48,7 @@ async def retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor 
 
 async def _retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor | None, old_watch: Watch) -> None:
     started = time.monotonic()
-    old, dummy = failures.both(update)
+    old, new = failures.both(update)
     status = (await monitor.execute("query-status"))["status"]
     if status not in ("running", "paused"):  # somebody may have paused it since
         raise CprError(
@@ -64,20 +64,23 @@ async def _retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor
         if not await old_watch.wait(QUIT_TIMEOUT):
             await old_watch.kill()
     _restore_paths(update)
+    problems = await network.take_names(new.pid, update.taps)
+    await _restore_ports(update, monitor)
     await setup.put_back(monitor, update.restore)
     shutil.rmtree(update.channels, ignore_errors=True)
     update.remove_mark()
     with contextlib.suppress(OSError):
         os.unlink(update.log_of(update.generation - 1))
     update.took("retire", started)
+    message = " ".join([_message(update), *problems])
     try:
-        update.enter(journal.FINISHED, message(update))
+        update.enter(journal.FINISHED, message)
     except CprError as error:
-        error.message = f"{message(update)} Only that could not be recorded: {error.message}"
+        error.message = f"{message} Only that could not be recorded: {error.message}"
         raise
 
 
-def message(update: journal.Update) -> str:
+def _message(update: journal.Update) -> str:
     """What a finished update did, as a sentence."""
     old, new = failures.both(update)
     pause = f" after a pause of {update.pause_ms:g} ms" if update.pause_ms is not None else ""
@@ -112,6 +115,34 @@ def _restore_paths(update: journal.Update) -> None:
             raise _path_not_restored(stable, error.strerror) from error
         if new.monitor == temporary:
             new.monitor = stable
+
+
+async def _restore_ports(update: journal.Update, monitor: Monitor) -> None:
+    """Let the new QEMU listen where the old one did; only now are those ports free."""
+    try:
+        if update.display:
+            await monitor.execute("display-update", update.display)
+        if update.forwards:
+            present = user_network.forwards(await _human(monitor, "info usernet"))
+            for network_id, rule in update.forwards:
+                if (network_id, rule) not in present:
+                    answer = await _human(monitor, f"hostfwd_add {network_id} {rule}")
+                    if answer:
+                        raise CprError("qmp-error", answer.strip())
+    except CprError as error:
+        if error.code != "qmp-error":
+            raise
+        raise CprError(
+            "port-not-restored",
+            f"The guest runs on the new QEMU, but a port could not be given to it: {error.message}",
+            "See with `ss -nlp` who has the port now, end that, and run again.",
+            qemu_description=error.qemu_description,
+        ) from error
+
+
+async def _human(monitor: Monitor, line: str) -> str:
+    """What a command of the human monitor prints, for what QMP doesn't have."""
+    return await monitor.execute("human-monitor-command", {"command-line": line})
 
 
 def _path_not_restored(path: str, why: str) -> CprError:

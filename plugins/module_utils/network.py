@@ -1,0 +1,125 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The host's side of a guest's network, by iproute2, in the network namespace of its QEMU.
+
+Private to the collection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import typing as t
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils import commands, descriptors, namespaces, process, taps
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+
+_POLL = 0.1
+
+
+def open_taps(pid: int) -> dict[int, str]:
+    """The names of the tap interfaces that a process has open, by its descriptors."""
+    found = {}
+    for number, target in process.descriptors(pid).items():
+        if target == "/dev/net/tun":
+            # The kernel tells the present name, also of one that was renamed (drivers/net/tun.c).
+            for line in process.read_file(pid, f"fdinfo/{number}").splitlines():
+                if line.startswith("iff:"):
+                    found[number] = line.partition(":")[2].strip()
+    return found
+
+
+async def inspect(pid: int, name: str) -> tuple[dict[str, t.Any], taps.Settings]:
+    """An interface: what ``ip`` says of it, and what a double must have alike.
+
+    :raises CprError: as `taps.read_settings`, or ``command-failed``.
+    """
+    link = (await _json(pid, "ip", "-json", "-details", "link", "show", "dev", name))[0]
+    return link, taps.read_settings(
+        link,
+        await _json(pid, "bridge", "-json", "-details", "link", "show", "dev", name),
+        await _json(pid, "bridge", "-json", "vlan", "show", "dev", name),
+        await run(pid, "tc", "qdisc", "show", "dev", name),
+    )
+
+
+async def make_alike(pid: int, tap: taps.Tap, *, timeout: float) -> None:
+    """Set a tap's double up like the tap, and wait until the bridge forwards to it.
+
+    :param pid: the process in whose network namespace they are.
+    :param timeout: seconds until the bridge must forward.
+    :raises CprError: ``tap-differs`` with what could not be made alike, ``tap-not-forwarding``.
+    """
+    dummy, wanted = await inspect(pid, tap.name)
+    for command in taps.create_commands(wanted, tap.temporary):
+        await run(pid, *command)
+    dummy, present = await inspect(pid, tap.temporary)
+    for command in taps.adapt_commands(wanted, present, tap.temporary):
+        await run(pid, *command)
+    dummy, present = await inspect(pid, tap.temporary)
+    differences = taps.differences(wanted, present)
+    if differences:
+        raise CprError(
+            "tap-differs",
+            f"A second tap like {tap.name} could not be set up: {'; '.join(differences)}.",
+            "Leave this guest out of live_update_guests, and report this.",
+        )
+    await _wait_until_forwarding(pid, tap, timeout)
+
+
+async def _wait_until_forwarding(pid: int, tap: taps.Tap, timeout: float) -> None:
+    """With the spanning tree protocol on, a bridge listens and learns first."""
+    deadline = time.monotonic() + timeout
+    while await _port_state(pid, tap.temporary) != await _port_state(pid, tap.name):
+        if time.monotonic() > deadline:
+            raise CprError(
+                "tap-not-forwarding",
+                f"The bridge did not forward to a second tap like {tap.name} within {timeout:g} s.",
+                "A spanning tree bridge takes twice its forward delay: give it more time (live_update_timeout).",
+            )
+        await asyncio.sleep(_POLL)
+
+
+async def _port_state(pid: int, name: str) -> str | None:
+    ports = await _json(pid, "bridge", "-json", "link", "show", "dev", name)
+    return ports[0].get("state") if ports else None
+
+
+async def take_names(pid: int, doubles: t.Iterable[taps.Tap]) -> list[str]:
+    """Give the doubles the names of the taps that they replace, which are nobody's any more.
+
+    :param pid: the new QEMU, the old one is gone.
+    :returns: what did not work, as sentences: the guest's network works all the same.
+    """
+    problems = []
+    numbers = {name: number for number, name in open_taps(pid).items()}
+    for tap in doubles:
+        if tap.temporary not in numbers:
+            continue  # renamed already, by a run that died
+        try:
+            if tap.persistent:
+                descriptors.make_persistent(tap, pid, numbers[tap.temporary])
+                with contextlib.suppress(CprError):  # gone already
+                    await run(pid, "ip", "link", "delete", "dev", tap.name)
+            await run(pid, "ip", "link", "set", "dev", tap.temporary, "name", tap.name)
+        except (CprError, OSError) as error:
+            # Before Linux 6.2 an interface must be down for it, and that would cost packets.
+            problems.append(f"Its network interface {tap.name} is now called {tap.temporary}: {error}")
+    return problems
+
+
+async def _json(pid: int, *words: str) -> t.Any:
+    return json.loads(await run(pid, *words) or "[]")
+
+
+async def run(pid: int, *words: str) -> str:
+    """Run a command in a process's network namespace; what it prints.
+
+    :raises CprError: ``command-failed``.
+    """
+    if not namespaces.shares(pid, "net"):
+        words = ("nsenter", f"--net={process.PROC}/{pid}/ns/net", "--", *words)
+    return await commands.run(*words)
