@@ -160,6 +160,18 @@ def read_properties(option: Option) -> Properties:
         ) from error
 
 
+def with_property(option: Option, key: str, value: str | None) -> Option:
+    """An option in which a key has this value, or is missing for None, in the syntax that it has."""
+    text = option.value or ""
+    if text.startswith("{") and option.name in _JSON_OPTIONS:
+        tree = {name: old for name, old in json.loads(text).items() if name != key}
+        return Option(option.flag, json.dumps(tree if value is None else {**tree, key: value}, separators=(",", ":")))
+    properties = read_properties(option)
+    if value is None:
+        return Option(option.flag, str(Properties(pair for pair in properties.pairs if pair[0] != key)))
+    return Option(option.flag, str(properties.with_value(key, value)))
+
+
 def _flatten(tree: dict[str, t.Any], prefix: str = "") -> t.Iterator[tuple[str, str]]:
     for key, value in tree.items():
         if isinstance(value, dict):

@@ -73,6 +73,7 @@ class Update:
     :ivar restore: capabilities and parameters of the old QEMU as they were, to put back.
     :ivar renames: pairs of a socket's or pid file's path during the update and its stable path.
     :ivar taps: the new QEMU's tap interfaces, each with the name that it takes over.
+    :ivar unit: the systemd service whose main process the new QEMU becomes.
     :ivar display: what ``display-update`` must be told once the old QEMU is gone.
     :ivar forwards: pairs of a user network and a port, for ``hostfwd_add`` once the old QEMU is gone.
     :ivar durations_ms: how long each phase took, milliseconds.
@@ -95,6 +96,7 @@ class Update:
     renames: list[tuple[str, str]] = field(default_factory=list)
     taps: list[Tap] = field(default_factory=list)
     display: dict[str, t.Any] | None = None
+    unit: str | None = None
     forwards: list[tuple[str, str]] = field(default_factory=list)
     durations_ms: dict[str, float] = field(default_factory=dict)
     pause_ms: float | None = None

@@ -148,6 +148,13 @@ class Monitor:
                 "QEMU exited, or somebody cut the connection.",
             ) from error
 
+    async def human(self, line: str) -> str:
+        """What a command of the human monitor prints, for what QMP doesn't have.
+
+        :raises CprError: as `execute`.
+        """
+        return await self.execute("human-monitor-command", {"command-line": line})
+
     @contextlib.contextmanager
     def events(self, *names: str) -> t.Iterator[EventListener]:
         """Collect the events of these names from now on."""

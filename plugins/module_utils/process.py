@@ -167,6 +167,14 @@ def _runs_no_machine(process: QemuProcess) -> bool:
     return machine == "none"
 
 
+def parent(pid: int) -> int:
+    """The process that is told when this one ends.
+
+    :raises OSError: it is gone.
+    """
+    return int(read_file(pid, "stat").rpartition(")")[2].split()[1])
+
+
 def descriptors(pid: int) -> dict[int, str]:
     """What a process has open, by its descriptors.
 

@@ -1,7 +1,12 @@
 # Copyright: vmfleet.cpr contributors
 # GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
 # SPDX-License-Identifier: GPL-3.0-or-later
-"""The systemd unit that a guest's QEMU belongs to.
+"""The systemd service that a guest's QEMU is the main process of, and its handover.
+
+systemd follows a service's main process. It is told of another one over its notification
+socket (sd_notify(3), ``MAINPID=``), while the old QEMU still is there: once that has gone, the
+service ends, and what else is in its control group with it. Seen to work with systemd 252, 257
+and 262 for simple, exec, notify and forking services.
 
 Private to the collection.
 """
@@ -9,27 +14,34 @@ Private to the collection.
 from __future__ import annotations
 
 import os
+import select
+import socket
+import struct
 import typing as t
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import commands, process
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 
+_SOCKET = "/run/systemd/notify"
+_DROP_INS = "/run/systemd/system"
+_DROP_IN = "90-vmfleet-cpr.conf"
+_DROP_IN_TEXT = """\
+# Made by the Ansible collection vmfleet.cpr, which tells systemd when a live update gives this
+# service another main process. Goes with the next reboot of the host; safe to remove.
+[Service]
+NotifyAccess=main
+"""
+_SCM_CREDENTIALS = 2  # asm-generic/socket.h; not in Python's socket
+_CAP_SYS_ADMIN = 21  # linux/capability.h
+# Seconds that systemd gets to work off what it was told.
+_BARRIER_TIMEOUT = 10.0
+_PROPERTIES = (
+    "Id LoadState ActiveState SubState Job MainPID NotifyAccess NeedDaemonReload WatchdogUSec FreezerState".split()
+)
 
-async def refuse_unsupported(qemu: process.QemuProcess) -> None:
-    """Placeholder."""
-    unit = await is_owned_by_unit(qemu.identity.pid)
-    if unit:
-        raise CprError(
-            "systemd-unit",
-            f"The guest is the main process of the systemd unit {unit}, and systemd would end the new QEMU"
-            " together with the old one.",
-            "Units can't be handed over yet: run the guest in a scope (systemd-run --scope),"
-            " or leave it out of live_update_guests.",
-        )
 
-
-def systemd_unit(cgroup: str) -> str | None:
-    """The service unit in whose cgroup, or below it, a process is; None without one.
+def unit_of(cgroup: str) -> str | None:
+    """The service unit in whose control group, or below it, a process is; None without one.
 
     A service of a user's own manager is given with that manager before it.
 
@@ -43,22 +55,140 @@ def systemd_unit(cgroup: str) -> str | None:
     return None
 
 
-async def is_owned_by_unit(pid: int) -> str | None:
-    """The systemd service whose main or control process this is or comes from, or None.
+async def service_of(pid: int) -> dict[str, str] | None:
+    """The service that a process is the main process of, as `systemctl show` tells it; None without one.
 
-    :raises CprError: ``systemd-silent`` if systemd doesn't answer.
+    :raises CprError: ``systemd-unit`` for one that can't be handed over, with the reason.
     """
-    unit = systemd_unit(process.read_file(pid, "cgroup"))
-    if unit is None or not os.path.isdir("/run/systemd/system"):
+    cgroup = process.read_file(pid, "cgroup")
+    name = unit_of(cgroup)
+    if name is None or not os.path.isdir("/run/systemd/system"):
         return None
-    if "/" in unit:
-        return unit  # of a user's own manager, which can't be asked from here
-    answer = await commands.run("systemctl", "show", "--property=MainPID,ControlPID", "--value", unit)
-    return unit if set(answer.split()).intersection(map(str, _lineage(pid))) else None
+    if "/" in name:
+        raise _refused(name, "it belongs to a user's own systemd, which can't watch a process that it did not start")
+    unit = await _show(name)
+    if unit["MainPID"] == "0":
+        return None  # nobody follows this process; being in the control group is all
+    reason = refusal(unit, pid, cgroup)
+    if reason is None and not _may_speak_for_others():
+        reason = "the task has not the privileges for it (run it as root)"
+    if reason:
+        raise _refused(unit["Id"], reason)
+    return unit
 
 
-def _lineage(pid: int) -> t.Iterator[int]:
-    """A process and all that it comes from, but for the first process of all."""
-    while pid > 1:
-        yield pid
-        pid = int(process.read_file(pid, "stat").rpartition(")")[2].split()[1])
+def refusal(unit: t.Mapping[str, str], pid: int, cgroup: str) -> str | None:
+    """Why a service can't be handed over, or None if it can.
+
+    :param unit: what `systemctl show` tells.
+    :param pid: the QEMU.
+    :param cgroup: its ``/proc/PID/cgroup``.
+    """
+    if unit["MainPID"] != str(pid):
+        return f"its main process is not the QEMU but another one ({unit['MainPID']}), which started it"
+    if not any(line.startswith("0::/") and len(line) > len("0::/") for line in cgroup.splitlines()):
+        return "the host uses version 1 of control groups"
+    if unit["LoadState"] != "loaded" or unit["NeedDaemonReload"] == "yes":
+        return "its unit file was changed or removed, and systemd was not told (systemctl daemon-reload)"
+    if (unit["ActiveState"], unit["SubState"]) != ("active", "running") or unit["Job"] not in ("", "0"):
+        return f"it is {unit['ActiveState']} ({unit['SubState']}) or about to change"
+    if unit["WatchdogUSec"] not in ("0", "infinity", ""):
+        return "it has a watchdog (WatchdogSec=), which QEMU does not serve"
+    if unit.get("FreezerState", "running") != "running":
+        return "it is frozen"
+    return None
+
+
+def needs_drop_in(unit: t.Mapping[str, str]) -> bool:
+    """Whether systemd would not listen to the main process of the service as it is."""
+    return unit["NotifyAccess"] == "none"
+
+
+async def let_speak(names: t.Sequence[str]) -> None:
+    """Let the main processes of these services speak to systemd, by a drop-in that is gone after a reboot.
+
+    :raises CprError: ``systemd-unit`` where systemd does not take it.
+    """
+    for name in names:
+        directory = os.path.join(_DROP_INS, f"{name}.d")
+        try:
+            os.makedirs(directory, exist_ok=True)
+            with open(os.path.join(directory, _DROP_IN), "w", encoding="ascii") as stream:
+                stream.write(_DROP_IN_TEXT)
+        except OSError as error:
+            raise _refused(name, f"{directory} can't be written: {error.strerror}") from error
+    await commands.run("systemctl", "daemon-reload", timeout=60)
+    for name in names:
+        if needs_drop_in(await _show(name)):
+            raise _refused(name, f"another drop-in keeps NotifyAccess=none over {_DROP_IN}")
+
+
+async def hand_over(name: str, old: int, new: int) -> None:
+    """Make another process the main process of a service, while both live.
+
+    :raises CprError: ``unit-not-handed-over`` if systemd does not take it.
+    """
+    if (await _show(name))["MainPID"] != str(new):
+        try:
+            _tell(f"MAINPID={new}", old)
+        except OSError as error:
+            raise _not_handed_over(name, new, str(error)) from error
+        # systemd answers the barrier whether it took the process or not.
+        present = (await _show(name))["MainPID"]
+        if present != str(new):
+            raise _not_handed_over(name, new, f"its main process still is {present}")
+
+
+def _tell(message: str, sender: int) -> None:
+    """Send systemd a message in the name of a process, and wait until it has been worked off.
+
+    :raises OSError: not permitted, or systemd does not answer.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as connection:
+        connection.connect(_SOCKET)
+        credentials = struct.pack("iII", sender, 0, 0)
+        connection.sendmsg([message.encode()], [(socket.SOL_SOCKET, _SCM_CREDENTIALS, credentials)])
+        ours, theirs = os.pipe2(os.O_CLOEXEC)
+        try:
+            socket.send_fds(connection, [b"BARRIER=1"], [theirs])
+        finally:
+            os.close(theirs)
+        waiting = select.poll()
+        waiting.register(ours, 0)
+        try:
+            if not waiting.poll(_BARRIER_TIMEOUT * 1000):
+                raise TimeoutError(f"systemd did not answer within {_BARRIER_TIMEOUT:g} s")
+        finally:
+            os.close(ours)
+
+
+def _may_speak_for_others() -> bool:
+    """Whether this process may send a message in another one's name (unix(7), SCM_CREDENTIALS)."""
+    for line in process.read_file("self", "status").splitlines():
+        if line.startswith("CapEff:"):
+            return bool(int(line.split()[1], 16) >> _CAP_SYS_ADMIN & 1)
+    return False
+
+
+async def _show(name: str) -> dict[str, str]:
+    text = await commands.run("systemctl", "show", f"--property={','.join(_PROPERTIES)}", "--", name)
+    found = {key: value for key, dummy, value in (line.partition("=") for line in text.splitlines())}
+    return {**dict.fromkeys(_PROPERTIES, ""), **found}
+
+
+def _refused(name: str, why: str) -> CprError:
+    return CprError(
+        "systemd-unit",
+        f"The guest belongs to the systemd unit {name}, which can't be handed over: {why}.",
+        "Mend that, run the guest in a service of its own or in a scope, or leave it out of live_update_guests.",
+    )
+
+
+def _not_handed_over(name: str, new: int, why: str) -> CprError:
+    return CprError(
+        "unit-not-handed-over",
+        f"The guest runs on the new QEMU (process {new}), but systemd did not take that for the main process of"
+        f" {name}: {why}.",
+        "The old QEMU was left stopped, so that systemd does not end the service. See `systemctl status`, and run"
+        " again.",
+    )

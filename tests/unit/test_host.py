@@ -100,7 +100,7 @@ def test_our_own_limits_read_like_the_c_library_says():
     ],
 )
 def test_a_service_unit_is_told_from_a_scope(cgroup, unit):
-    assert systemd.systemd_unit(cgroup) == unit
+    assert systemd.unit_of(cgroup) == unit
 
 
 def test_the_end_of_a_process_is_noticed_and_a_pid_alone_proves_nothing():

@@ -29,6 +29,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     offer,
     qemu_binary,
     surroundings,
+    systemd,
 )
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, preflight, recover, rollback
@@ -130,6 +131,7 @@ async def launch_all(task: Task) -> list[Outcome]:
     if any(outcome.error for outcome in checked):
         # Nothing was started, for nobody.
         return [item if item.error else _outcome(item.guest, False, "Nothing was started.") for item in checked]
+    await _let_units_speak(plans.values())
     started = {item.guest: item for item in await task.for_each(plans, "launch", start)}
     return [started.get(item.guest, item) for item in checked]
 
@@ -164,10 +166,10 @@ def _outcome(
 def _plan(records: journal.Journal, name: str, inspection: preflight.Inspection, binary: offer.Binary) -> Plan:
     old = inspection.process
     observation = t.cast("t.Any", inspection.observation)
-    running = t.cast(new_command_line.Running, inspection.running)
+    description = t.cast("t.Any", inspection.description)
     update = journal.Update(guest=name, directory=records.path(name))
     update.generation = new_command_line.generation_of(old.options) + 1
-    command = new_command_line.make(old.options, running, cpr_socket=update.cpr_socket)
+    command = new_command_line.make(description.options, description.running, cpr_socket=update.cpr_socket)
     if len(update.main_socket.encode()) > new_command_line.SOCKET_PATH_LIMIT:
         raise CprError(
             "socket-path-too-long",
@@ -176,7 +178,8 @@ def _plan(records: journal.Journal, name: str, inspection: preflight.Inspection,
         )
     update.machine_type = observation.machine_type
     update.run_state = observation.run_state
-    update.taps = list(running.taps)
+    update.taps = list(description.running.taps)
+    update.unit = inspection.unit["Id"] if inspection.unit else None
     update.display, update.forwards = command.display, command.forwards
     update.renames = [(old.path(temporary), old.path(stable)) for temporary, stable in command.renames]
     update.capabilities = handshake.agree_capabilities(observation.offer, binary.offer)
@@ -197,6 +200,14 @@ def _plan(records: journal.Journal, name: str, inspection: preflight.Inspection,
     )
     _check_visible(old, [binary.path, records.directory, *(os.path.dirname(path) for path, dummy in update.renames)])
     return Plan(inspection, binary, update, command)
+
+
+async def _let_units_speak(plans: t.Iterable[Plan]) -> None:
+    """All at once: systemd reads all its units anew for it."""
+    units = [plan.inspection.unit for plan in plans]
+    silent = [unit["Id"] for unit in units if unit and systemd.needs_drop_in(unit)]
+    if silent:
+        await systemd.let_speak(silent)
 
 
 def _check_visible(old: process.QemuProcess, paths: t.Iterable[str]) -> None:

@@ -13,22 +13,19 @@ from dataclasses import dataclass, field
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     character_devices,
-    command_line,
     descriptors,
     guests,
     managers,
     namespaces,
-    network,
     new_command_line,
     process,
     readiness,
     systemd,
-    taps,
-    user_network,
 )
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases.describe import Description, describe
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import QemuProcess
 from ansible_collections.vmfleet.cpr.plugins.module_utils.qemu_binary import Offers
 
@@ -40,14 +37,16 @@ class Inspection:
     :ivar monitor: the path at which its monitor answered, or None.
     :ivar observation: what the monitor said, or None where it didn't answer.
     :ivar blockers: what stands in the way, whatever the mode.
-    :ivar running: what the new QEMU must have like it, or None where it can't be told.
+    :ivar unit: the systemd service that it is the main process of, or None.
+    :ivar description: what the new QEMU must have like it, or None where it can't be told.
     """
 
     process: QemuProcess
     monitor: str | None = None
     observation: readiness.Observation | None = None
     blockers: list[CprError] = field(default_factory=list)
-    running: t.Optional[new_command_line.Running] = None
+    description: t.Optional[Description] = None
+    unit: t.Optional[dict[str, str]] = None
 
     def blockers_of(self, mode: str) -> list[CprError]:
         """All that stands between the guest and a mode."""
@@ -68,7 +67,11 @@ async def inspect(qemu: QemuProcess, offers: Offers) -> Inspection:
     :param offers: shared by all guests of a task.
     """
     inspection = Inspection(qemu)
-    for check in (_refuse_foreign, _refuse_unsupported, systemd.refuse_unsupported):
+    try:
+        inspection.unit = await systemd.service_of(qemu.identity.pid)
+    except CprError as error:
+        inspection.blockers.append(error)
+    for check in (_refuse_foreign, _refuse_unsupported):
         try:
             await check(qemu)
         except CprError as error:
@@ -77,7 +80,7 @@ async def inspect(qemu: QemuProcess, offers: Offers) -> Inspection:
         async with await guests.open_monitor(qemu) as monitor:
             inspection.monitor = monitor.where
             inspection.observation = await observe(monitor, qemu, offers)
-            inspection.running = await describe(monitor, qemu, inspection.observation.machine_type)
+            inspection.description = await describe(monitor, qemu, inspection.observation.machine_type)
     except CprError as error:
         # What can't be read of the command line was said already.
         if str(error) not in map(str, inspection.blockers):
@@ -107,43 +110,6 @@ async def _refuse_unsupported(qemu: QemuProcess) -> None:
             "The guest's console is the terminal, or the pipe, that its QEMU was started from.",
             "Start it with a socket (-serial unix:…,server=on,wait=off) or with </dev/null when it next starts.",
         )
-
-
-async def describe(monitor: Monitor, qemu: QemuProcess, machine_type: str) -> new_command_line.Running:
-    """What the running QEMU has that its command line alone doesn't tell.
-
-    :raises CprError: ``tap-unknown``, ``tap-unsupported``, or as `Monitor.execute`.
-    """
-    pid, options = qemu.identity.pid, qemu.options
-    doubles = []
-    for number, (name, option) in enumerate(
-        zip(taps.interfaces(options, network.open_taps(pid)), filter(taps.is_tap, options))
-    ):
-        link, dummy = await network.inspect(pid, name)
-        doubles.append(taps.describe(link, taps.queues(option), f"cpr{pid}n{number}"))
-    return new_command_line.Running(
-        machine_type=machine_type,
-        listeners=descriptors.listeners(pid),
-        taps=doubles,
-        fd_sets=await monitor.execute("query-fdsets"),
-        displays=await _displays(monitor),
-        user_networks=await _user_networks(monitor, options),
-    )
-
-
-async def _displays(monitor: Monitor) -> list[dict[str, t.Any]]:
-    try:
-        return await monitor.execute("query-vnc-servers")
-    except CprError as error:
-        if error.qemu_class == "CommandNotFound":  # a QEMU that was built without VNC
-            return []
-        raise
-
-
-async def _user_networks(monitor: Monitor, options: t.Iterable[command_line.Option]) -> str:
-    if not any(map(user_network.is_user_network, options)):
-        return ""
-    return await monitor.execute("human-monitor-command", {"command-line": "info usernet"})
 
 
 async def observe(monitor: Monitor, qemu: QemuProcess, offers: Offers) -> readiness.Observation:

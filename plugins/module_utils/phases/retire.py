@@ -14,7 +14,7 @@ import shutil
 import stat
 import time
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import journal, network, user_network
+from ansible_collections.vmfleet.cpr.plugins.module_utils import journal, network, process, systemd, user_network
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, setup
@@ -57,6 +57,9 @@ async def _retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor
             f"The old QEMU (process {old.pid}) was left stopped and must not be continued. Look at the guest.",
         )
     _copy_permissions(update)
+    problems = []
+    if update.unit:
+        problems += await _hand_unit_over(update, update.unit, old_watch)
     if not old_watch.ended.is_set():
         with contextlib.suppress(CprError):  # it may exit before it answers
             old_monitor = old_monitor or await reach.old_qemu(update, old_watch)
@@ -64,7 +67,7 @@ async def _retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor
         if not await old_watch.wait(QUIT_TIMEOUT):
             await old_watch.kill()
     _restore_paths(update)
-    problems = await network.take_names(new.pid, update.taps)
+    problems += await network.take_names(new.pid, update.taps)
     await _restore_ports(update, monitor)
     await setup.put_back(monitor, update.restore)
     shutil.rmtree(update.channels, ignore_errors=True)
@@ -117,16 +120,32 @@ def _restore_paths(update: journal.Update) -> None:
             new.monitor = stable
 
 
+async def _hand_unit_over(update: journal.Update, unit: str, old_watch: Watch) -> list[str]:
+    """Before the old QEMU goes: systemd ends a service whose main process ends."""
+    old, new = failures.both(update)
+    try:
+        await systemd.hand_over(unit, old.pid, new.pid)
+    except CprError as error:
+        if not old_watch.ended.is_set():
+            raise
+        # Somebody ended it first; nothing is left to be saved by waiting.
+        return [f"The systemd unit {unit} does not follow it any more: {error.message}"]
+    with contextlib.suppress(OSError):  # it is gone, which others will notice
+        if process.parent(new.pid) != 1:
+            return [f"systemd is not the parent of its process: {unit} won't be restarted if that fails."]
+    return []
+
+
 async def _restore_ports(update: journal.Update, monitor: Monitor) -> None:
     """Let the new QEMU listen where the old one did; only now are those ports free."""
     try:
         if update.display:
             await monitor.execute("display-update", update.display)
         if update.forwards:
-            present = user_network.forwards(await _human(monitor, "info usernet"))
+            present = user_network.forwards(await monitor.human("info usernet"))
             for network_id, rule in update.forwards:
                 if (network_id, rule) not in present:
-                    answer = await _human(monitor, f"hostfwd_add {network_id} {rule}")
+                    answer = await monitor.human(f"hostfwd_add {network_id} {rule}")
                     if answer:
                         raise CprError("qmp-error", answer.strip())
     except CprError as error:
@@ -138,11 +157,6 @@ async def _restore_ports(update: journal.Update, monitor: Monitor) -> None:
             "See with `ss -nlp` who has the port now, end that, and run again.",
             qemu_description=error.qemu_description,
         ) from error
-
-
-async def _human(monitor: Monitor, line: str) -> str:
-    """What a command of the human monitor prints, for what QMP doesn't have."""
-    return await monitor.execute("human-monitor-command", {"command-line": line})
 
 
 def _path_not_restored(path: str, why: str) -> CprError:
