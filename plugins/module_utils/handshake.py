@@ -8,9 +8,11 @@ Pure functions. Private to the collection.
 
 from __future__ import annotations
 
+import collections
 import typing as t
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.hotplug import Device
 from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Offer
 
 MODE = "cpr-transfer"
@@ -86,6 +88,28 @@ def differing_disks(old: t.Iterable[t.Mapping[str, t.Any]], new: t.Iterable[t.Ma
         f" {after.get(name, ('no such disk',))[0] or 'empty'} in the new"
         for name in sorted({*before, *after})
         if before.get(name) != after.get(name)
+    ]
+
+
+def differing_devices(old: t.Iterable[Device], new: t.Iterable[Device]) -> list[str]:
+    """The devices that only one of both QEMUs has, or has at another place.
+
+    QEMU itself compares only what the stream of the old one contains.
+    """
+
+    def described(devices: t.Iterable[Device]) -> collections.Counter[str]:
+        return collections.Counter(
+            f"{device.id or 'a device without an id'} ({device.type}"
+            + (f" on {device.bus}" if device.bus else "")
+            + "".join(f", {key} {value}" for key, value in sorted(device.place.items()))
+            + ")"
+            for device in devices
+        )
+
+    before, after = described(old), described(new)
+    return [
+        *(f"{name} is missing in it" for name in (before - after).elements()),
+        *(f"{name} is new in it" for name in (after - before).elements()),
     ]
 
 

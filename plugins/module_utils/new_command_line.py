@@ -179,6 +179,8 @@ def make(options: t.Sequence[Option], running: Running, *, cpr_socket: str) -> N
     for index, option in enumerate(written):
         if option.name in ("S", "incoming", "daemonize", "add-fd"):
             continue  # the launcher detaches the new QEMU itself
+        if option.name == "runas":  # QEMU 11.1 has this form only
+            option = Option("-run-with", f"user={option.value}")
         option = character_devices.with_listener(option, running.listeners, result.descriptor)
         if taps.is_tap(option):
             option = _with_tap(option, next(doubles), result)

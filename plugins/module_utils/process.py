@@ -187,6 +187,15 @@ def descriptors(pid: int) -> dict[int, str]:
     return found
 
 
+def file_id(path: str) -> tuple[int, int] | None:
+    """Device and inode of the file at a path, or None without one."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 class Watch:
     """Notices the end of a process at once, by a pidfd.
 

@@ -106,9 +106,13 @@ class Surroundings:
             namespaces.enter(path)
         os.chdir(self.working_directory)
         if os.geteuid() == 0:
-            os.setgroups(self.groups)
-            os.setresgid(self.group, self.group, self.group)
-            os.setresuid(self.user, self.user, self.user)
+            self.become_user()
+
+    def become_user(self) -> None:
+        """Give up root for this user and these groups."""
+        os.setgroups(self.groups)
+        os.setresgid(self.group, self.group, self.group)
+        os.setresuid(self.user, self.user, self.user)
 
 
 def read(pid: int) -> Surroundings:
@@ -140,6 +144,37 @@ def read(pid: int) -> Surroundings:
         processors=frozenset(os.sched_getaffinity(pid)),
         memory_policy=_memory_policy(pid),
     )
+
+
+def can_open(path: str, flags: int, around: Surroundings, root: str = "/") -> bool:
+    """Whether a process with this user and these groups can open a file.
+
+    :param path: absolute, as seen below ``root``.
+    """
+    directory = os.open(root, os.O_PATH | os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        try:
+            if os.geteuid() == 0:
+                around.become_user()
+            os.open(path.lstrip("/"), flags, dir_fd=directory)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(directory)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def place_like(thread: int, other: int) -> None:
+    """Schedule a thread like another one, on the same of the host's processors.
+
+    :raises OSError: one of them is gone, or belongs to another user.
+    """
+    os.sched_setaffinity(thread, os.sched_getaffinity(other))
+    policy, priority = os.sched_getscheduler(other), os.sched_getparam(other).sched_priority
+    if (policy, priority) != (os.sched_getscheduler(thread), os.sched_getparam(thread).sched_priority):
+        os.sched_setscheduler(thread, policy, os.sched_param(priority))
+    os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, other))
 
 
 def _memory_policy(pid: int) -> str:

@@ -35,7 +35,7 @@ if [ ! -f "$cache/root/complete" ]; then
     touch "$cache/root/complete"
 fi
 
-if [ ! "$cache/initrd" -nt "$sources/init" ]; then
+if [ ! "$cache/initrd" -nt "$sources/init" ] || [ ! "$cache/initrd" -nt "$0" ]; then
     tree=$cache/tree
     rm -rf "$tree"
     mkdir -p "$tree/bin" "$tree/modules" "$tree/proc" "$tree/sys" "$tree/dev"
@@ -43,7 +43,7 @@ if [ ! "$cache/initrd" -nt "$sources/init" ]; then
     { echo '#!/bin/busybox sh'; cat "$sources/init"; } >"$tree/init"
     chmod +x "$tree/init"
     # Those that this kernel has as modules; init loads them in this order.
-    for module in virtio virtio_ring virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk failover net_failover virtio_net rng-core virtio-rng; do
+    for module in virtio virtio_ring virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk failover net_failover virtio_net rng-core virtio-rng virtio_console; do
         find "$cache/root/lib/modules" -name "$module.ko" -exec cp {} "$tree/modules/$(printf %s "$module")" \;
         if [ -f "$tree/modules/$module" ]; then echo "$module"; fi
     done >"$tree/modules.order"

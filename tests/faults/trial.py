@@ -196,7 +196,11 @@ def _break(
         result.hit = True
     except (ProcessLookupError, TimeoutError, FileNotFoundError, KeyError):
         return None, committed  # there was nothing left to break, or QEMU does not let it happen then
-    # Between two looks the commit may have passed: the later one counts.
+    # Between two looks the commit may have passed: the later one counts. At a SIGTERM a QEMU ends in its own time, and
+    # what counts is whether it had the guest by then.
+    if fault.name == "SIGTERM to the new QEMU":
+        with contextlib.suppress(TimeoutError):
+            wait_until(lambda: [pid for pid in scene.guest.pids() if pid != scene.old] == [], "it has ended", 10)
     committed = scene.is_committed()
     if mend and fault.mended_after is not None:
         time.sleep(fault.mended_after)

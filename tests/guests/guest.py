@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -111,25 +112,29 @@ class Guest:
         self.words = [word.replace("{dir}", str(directory)) for word in words]
         self._children: list[subprocess.Popen[bytes]] = []
 
-    def start(self, binary: str, **surroundings: t.Any) -> Guest:
+    def start(self, binary: str, prefix: t.Sequence[str] = (), **surroundings: t.Any) -> Guest:
         """Start it on this QEMU, detached, and wait for its monitor.
 
+        :param prefix: a command that becomes the QEMU.
         :param surroundings: arguments of `subprocess.Popen` (environment, user, limits).
         """
         self.monitor.unlink(missing_ok=True)
         with open(self.directory / "stderr.log", "ab") as log:
             child = subprocess.Popen(
-                [binary, *self.words],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                **{"cwd": self.directory, **surroundings},
+                [*prefix, binary, *self.words],
+                **{
+                    "stdin": subprocess.DEVNULL,
+                    "stdout": log,
+                    "stderr": log,
+                    "start_new_session": True,
+                    "cwd": self.directory,
+                    **surroundings,
+                },
             )
         self._children.append(child)
 
         def ready() -> bool:
-            if child.poll() is not None:
+            if child.poll():  # with -daemonize it ends at once, and well
                 raise RuntimeError((self.directory / "stderr.log").read_text(encoding="utf-8"))
             return self.monitor.exists()
 
@@ -205,7 +210,7 @@ class BootSectorGuest(Guest):
 
     def ticks(self) -> list[int]:
         """Every value that the guest has counted."""
-        return [int(line, 16) for line in self.lines() if line not in ("boot", "")]
+        return [int(line, 16) for line in self.lines() if re.fullmatch("[0-9A-Fa-f]{4,8}", line)]
 
     def boots(self) -> int:
         """How many times the guest has booted."""
@@ -235,6 +240,7 @@ def boot_sector_guest(
     accelerator: str | None = None,
     memory: t.Sequence[str] = ("-object", "memory-backend-memfd,id=ram0,size=64M,share=on"),
     monitor: t.Sequence[str] = ("-qmp", "unix:{dir}/qmp.sock,server=on,wait=off"),
+    console: t.Sequence[str] = ("-chardev", "file,id=console,path={dir}/console.log", "-serial", "chardev:console"),
     more: t.Sequence[str] = (),
 ) -> BootSectorGuest:
     """A guest that is ready for a live update, unless told otherwise.
@@ -244,7 +250,8 @@ def boot_sector_guest(
     """
     directory.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(CACHE / "guests" / "boot_sector.img", directory / "disk.img")
-    bus = "ide.0"
+    # Where a display is asked for, none would be one too many.
+    display = [] if {"-vnc", "-display", "-nographic"} & {*more, *console} else ["-display", "none"]
     machine_words = f"{machine},accel={accelerator or best_accelerator()},memory-backend=ram0,aux-ram-share=on"
     return BootSectorGuest(
         name,
@@ -253,11 +260,10 @@ def boot_sector_guest(
             "-name", f"guest={name},debug-threads=on",
             "-machine", machine_words if memory else machine_words.replace("memory-backend=ram0,", ""),
             "-cpu", "qemu64", "-m", "64M", *memory,
-            "-nodefaults", "-display", "none",
+            "-nodefaults", *display,
             "-drive", "if=none,id=disk,file={dir}/disk.img,format=raw",
-            "-device", f"ide-hd,drive=disk,bus={bus}",
-            "-chardev", "file,id=console,path={dir}/console.log", "-serial", "chardev:console",
-            *monitor, *more,
+            "-device", "ide-hd,drive=disk,bus=ide.0",
+            *console, *monitor, *more,
         ],
     )  # fmt: skip
 

@@ -31,6 +31,7 @@ def fixture_start(tmp_path: pathlib.Path) -> t.Iterator[t.Callable[..., Guest]]:
         linux: bool = False,
         owner: int = 0,
         surroundings: t.Any = None,
+        prefix: t.Sequence[str] = (),
         **options: t.Any,
     ) -> Guest:
         make = linux_guest if linux else boot_sector_guest
@@ -38,7 +39,7 @@ def fixture_start(tmp_path: pathlib.Path) -> t.Iterator[t.Callable[..., Guest]]:
         guests.append(guest)
         for path in (guest.directory, guest.directory / "disk.img"):
             os.chown(path, owner, owner)
-        guest.start(qemu(suite), **(surroundings or {}))
+        guest.start(qemu(suite), prefix, **(surroundings or {}))
         guest.wait_for_ticks(3)
         return guest
 

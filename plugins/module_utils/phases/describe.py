@@ -8,6 +8,7 @@ Private to the collection.
 
 from __future__ import annotations
 
+import os
 import typing as t
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     hotplug,
     network,
     new_command_line,
+    process,
+    surroundings,
     taps,
     user_network,
 )
@@ -50,7 +53,9 @@ async def describe(monitor: Monitor, qemu: QemuProcess, machine_type: str) -> De
         `Monitor.execute`.
     """
     pid = qemu.identity.pid
-    options, notes = hotplug.applied(qemu.options, await _plugged(monitor, qemu))
+    plugged = await _plugged(monitor, qemu)
+    _check_images(qemu, plugged.nodes)
+    options, notes = hotplug.applied(qemu.options, plugged)
     doubles = []
     backends = list(filter(taps.is_tap, options))
     for number, (name, option) in enumerate(zip(taps.interfaces(options, network.open_taps(pid)), backends)):
@@ -69,6 +74,35 @@ async def describe(monitor: Monitor, qemu: QemuProcess, machine_type: str) -> De
         user_networks=user_networks,
     )
     return Description(options, running, notes)
+
+
+def _check_images(qemu: QemuProcess, nodes: t.Iterable[t.Mapping[str, t.Any]]) -> None:
+    """The files of the guest's disks must be those that it has open, and open again for whom it is by now.
+
+    QEMU opens a disk again when it takes a guest over, and also when it goes on with one that
+    it did not get rid of. Where it can't, the guest is down.
+    """
+    pid = qemu.identity.pid
+    is_open = {process.file_id(f"{process.PROC}/{pid}/fd/{number}") for number in process.descriptors(pid)}
+    around, root = surroundings.read(pid), f"{process.PROC}/{pid}/root"
+    for node in nodes:
+        name = node["image"]["filename"]
+        if node["drv"] not in ("file", "host_device", "host_cdrom") or name.startswith("/dev/fdset/"):
+            continue
+        path = qemu.path(name)
+        if process.file_id(f"{root}{path}") not in is_open:
+            raise CprError(
+                "image-replaced",
+                f"The guest's disk {path} is another file by now than the one that it runs with: it was replaced,"
+                " renamed or removed.",
+                "Put the file back to its place. `ls -l /proc/PID/fd` shows what the QEMU has open.",
+            )
+        if not surroundings.can_open(path, os.O_RDONLY if node["ro"] else os.O_RDWR, around, root):
+            raise CprError(
+                "image-not-accessible",
+                f"The guest's disk {path} can't be opened by the user that its QEMU has become (uid {around.user}).",
+                "Give that user, or one of its groups, access to it: chown or chmod.",
+            )
 
 
 async def _optional(monitor: Monitor, command: str, otherwise: t.Any) -> t.Any:
@@ -96,13 +130,16 @@ async def _plugged(monitor: Monitor, qemu: QemuProcess) -> hotplug.Plugged:
     )
 
 
-async def devices(monitor: Monitor) -> list[hotplug.Device]:
-    """All devices that options or ``device_add`` have made, those that came later in full."""
+async def devices(monitor: Monitor, *, in_full: bool = True) -> list[hotplug.Device]:
+    """All devices that options or ``device_add`` have made.
+
+    :param in_full: whether to read all properties of those that came after the start.
+    """
     found = []
     for container in _CONTAINERS:
         children = await monitor.execute("qom-list", {"path": container})
         names = [item["name"] for item in children if item["type"].startswith("child<")]
-        found += [await _device(monitor, f"{container}/{name}") for name in sorted(names, key=_creation)]
+        found += [await _device(monitor, f"{container}/{name}", in_full) for name in sorted(names, key=_creation)]
     return found
 
 
@@ -112,7 +149,7 @@ def _creation(name: str) -> tuple[int, str]:
     return (int(number) if number.isdigit() else 0, name)
 
 
-async def _device(monitor: Monitor, path: str) -> hotplug.Device:
+async def _device(monitor: Monitor, path: str, in_full: bool) -> hotplug.Device:
     listed = {item["name"]: item["type"] for item in await monitor.execute("qom-list", {"path": path})}
 
     async def get(name: str) -> t.Any:
@@ -121,7 +158,7 @@ async def _device(monitor: Monitor, path: str) -> hotplug.Device:
     kind = await get("type")
     hotplugged = await get("hotplugged")
     properties = []
-    if hotplugged:
+    if hotplugged and in_full:
         for item in await monitor.execute("device-list-properties", {"typename": kind}):
             try:
                 properties.append((item["name"], item, await get(item["name"])))

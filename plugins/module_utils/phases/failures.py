@@ -50,7 +50,7 @@ def new_qemu_gone(update: Update) -> CprError:
     old, new = both(update)
     return CprError(
         "new-qemu-gone",
-        f"The guest went on in the new QEMU (process {new.pid}), which has exited since: the guest is down.",
+        f"The guest was told to go on in the new QEMU (process {new.pid}), which has exited since: the guest is down.",
         f"The old QEMU (process {old.pid}), if it still is there, must not be continued: end it and start the guest"
         " anew.",
         qemu_description=last_words(update) or None,

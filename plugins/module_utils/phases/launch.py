@@ -53,6 +53,15 @@ class Plan:
     news: str | None = None
 
     @property
+    def notes(self) -> list[str]:
+        """What people should know beforehand, as sentences."""
+        description = self.inspection.description
+        notes = list(description.notes) if description else []
+        if self.inspection.unit and systemd.needs_drop_in(self.inspection.unit):
+            notes.append(f"The unit {self.update.unit} gets a drop-in until the next reboot (NotifyAccess=main).")
+        return notes
+
+    @property
     def arguments(self) -> list[str]:
         """The new QEMU's command line, its ``argv[0]`` left out."""
         return command_line.write(self.command.arguments)
@@ -109,7 +118,8 @@ async def launch_all(task: Task) -> list[Outcome]:
             raise blocker
         plans[name] = _plan(task.journal, name, inspection, binary)
         plans[name].news = news
-        return _outcome(name, True, "The new QEMU would be started.", news, plan=plans[name])
+        message = " ".join(["The new QEMU would be started.", *plans[name].notes])
+        return _outcome(name, True, message, news, plan=plans[name])
 
     async def start(name: str) -> Outcome:
         plan = plans[name]
@@ -122,7 +132,7 @@ async def launch_all(task: Task) -> list[Outcome]:
                 )
             task.claim(plan.update)
             await launch(plan, timeout=task.timeout)
-        message = f"QEMU {binary.offer.version_text} waits for the guest's CPR state."
+        message = " ".join([f"QEMU {binary.offer.version_text} waits for the guest's CPR state.", *plan.notes])
         return _outcome(name, True, message, plan.news, plan=plan)
 
     checked = await task.for_each(names, "preflight", check)
@@ -245,6 +255,7 @@ async def launch(plan: Plan, *, timeout: float) -> None:
     old, new = failures.both(update)
     around = surroundings.read(old.pid)
     _make_channels(update, around)
+    owner = around.user
     if new_command_line.changes_user(plan.command.arguments):
         around = around.as_root()
     try:
@@ -258,6 +269,8 @@ async def launch(plan: Plan, *, timeout: float) -> None:
         with process.Watch(child.identity) as watch:
             try:
                 await _wait_until_listening(update, watch, timeout)
+                if os.geteuid() == 0:  # the old QEMU may be another user by now than the new one still is
+                    os.chown(update.cpr_socket, owner, -1)
             except BaseException:
                 await watch.kill()
                 raise

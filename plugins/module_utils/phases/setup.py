@@ -11,10 +11,10 @@ from __future__ import annotations
 import time
 import typing as t
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, journal
+from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, journal, surroundings
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import describe, failures, reach
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome
 
@@ -48,6 +48,8 @@ async def set_up(update: journal.Update, *, timeout: float) -> Outcome:
                     await _set_parameters(whose, monitor)
                     await _compare_capabilities(whose, monitor, update)
                 await _compare_disks(old_monitor, new_monitor)
+                await _compare_devices(old_monitor, new_monitor)
+                await _place_threads(old_monitor, new_monitor)
     update.took("setup", started)
     update.enter(journal.SET_UP)
     names = [name for name, state in update.capabilities.items() if state]
@@ -86,6 +88,36 @@ async def _compare_disks(old: Monitor, new: Monitor) -> None:
             "The guest runs on as before. Disks that were changed since the guest's start (snapshots, mirrors, media)"
             " can't be carried over yet.",
         )
+
+
+async def _compare_devices(old: Monitor, new: Monitor) -> None:
+    wrong = handshake.differing_devices(
+        await describe.devices(old, in_full=False), await describe.devices(new, in_full=False)
+    )
+    if wrong:
+        raise CprError(
+            "devices-differ",
+            f"The new QEMU has other devices than the guest has now: {'; '.join(wrong)}.",
+            "The guest runs on as before. Was a device plugged in or out at this moment? Then run again; else leave"
+            " this guest out of live_update_guests, and report this.",
+        )
+
+
+async def _place_threads(old: Monitor, new: Monitor) -> None:
+    """Give the new QEMU's processors and I/O threads the host's processors that the old one's have."""
+    ours = await _threads(new)
+    for name, thread in (await _threads(old)).items():
+        if name in ours:
+            surroundings.place_like(ours[name], thread)
+
+
+async def _threads(monitor: Monitor) -> dict[tuple[str, t.Any], int]:
+    processors = await monitor.execute("query-cpus-fast")
+    threads = await monitor.execute("query-iothreads")
+    return {
+        **{("cpu", item["cpu-index"]): item["thread-id"] for item in processors},
+        **{("iothread", item["id"]): item["thread-id"] for item in threads},
+    }
 
 
 async def put_back(monitor: Monitor, settings: t.Mapping[str, t.Any]) -> None:
