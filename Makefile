@@ -3,7 +3,7 @@
 SUITES = bookworm bookworm-backports trixie trixie-backports
 PYTHON = .venv/bin/python
 
-.PHONY: help demo test env qemu guests lint unit sanity integration faults benchmark changelog clean
+.PHONY: help demo test env qemu guests machine lint unit sanity integration faults benchmark changelog clean
 
 help:
 	@echo "make demo         three real guests move to a new QEMU while they run"
@@ -13,6 +13,7 @@ help:
 	@echo "make env          .venv with pinned tools and this checkout as vmfleet.cpr"
 	@echo "make qemu         .cache/qemu/SUITE/bin/qemu-system-x86_64: $(SUITES)"
 	@echo "make guests       .cache/guests: the guests of demo and tests"
+	@echo "make machine      .cache/machine: a machine with systemd, for tests"
 
 env:
 	@tests/environment/python.sh
@@ -22,6 +23,9 @@ qemu:
 
 guests:
 	@tests/environment/guests.sh
+
+machine:
+	@tests/environment/machine.sh
 
 demo: env qemu guests
 	@$(PYTHON) -m tests.demo
@@ -37,7 +41,7 @@ unit: env qemu
 sanity: env
 	@tests/environment/sanity.sh
 
-integration: env qemu guests
+integration: env qemu guests machine
 	$(PYTHON) -m pytest tests/integration
 
 # A few minutes' part of it; TRIALS=500 is the whole.
