@@ -50,7 +50,7 @@ def opened(wanted: t.Iterable[Descriptor], taps: t.Iterable[Tap], old: process.I
             elif item.path:
                 number = os.open(item.path, os.O_RDWR | os.O_CLOEXEC)
             else:
-                number = duplicate(old.pid, item.of_old)
+                number = (_open_anew if item.opened_anew else duplicate)(old.pid, t.cast(int, item.of_old))
             stack.callback(os.close, number)
             held[item.number] = number
         yield held
@@ -95,13 +95,30 @@ def duplicate(pid: int, number: int) -> int:
     finally:
         os.close(pidfd)
     if ours < 0:
-        raise CprError(
-            "descriptor-not-duplicated",
-            f"The file descriptor {number} of the QEMU process {pid} could not be duplicated:"
-            f" {os.strerror(ctypes.get_errno())}.",
-            "It needs Linux 5.6 or later, and root (become).",
-        )
+        raise _not_duplicated(pid, number, os.strerror(ctypes.get_errno()))
     return ours
+
+
+def _not_duplicated(pid: int, number: int, why: str) -> CprError:
+    return CprError(
+        "descriptor-not-duplicated",
+        f"The file descriptor {number} of the QEMU process {pid} could not be duplicated: {why}.",
+        "It needs Linux 5.6 or later, and root (become).",
+    )
+
+
+def _open_anew(pid: int, number: int) -> int:
+    """The file behind another process's descriptor, opened in the same way once more.
+
+    :raises CprError: ``descriptor-not-duplicated``.
+    """
+    for line in process.read_file(pid, f"fdinfo/{number}").splitlines():
+        if line.startswith("flags:"):
+            flags = int(line.split()[1], 8) & (os.O_ACCMODE | os.O_DIRECT | os.O_NONBLOCK | os.O_APPEND)
+    try:
+        return os.open(f"{process.PROC}/{pid}/fd/{number}", flags | os.O_CLOEXEC)
+    except OSError as error:
+        raise _not_duplicated(pid, number, error.strerror) from error
 
 
 def create_tap(tap: Tap, pid: int) -> int:

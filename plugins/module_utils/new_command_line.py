@@ -45,6 +45,23 @@ _REFUSED = {
     "D": "the new QEMU would truncate the log that the running one writes",
     "tpmdev": "the emulator behind it serves one QEMU at a time",
 }
+_BOTH_READ = "both QEMUs would read from it, and the guest would miss what the other one got"
+_REFUSED_CHARDEVS = {
+    "pty": "the new QEMU would get another terminal than /dev/pts/N, where somebody may be connected",
+    "pipe": _BOTH_READ,
+    "serial": _BOTH_READ,
+    "tty": _BOTH_READ,
+    "parallel": _BOTH_READ,
+    "parport": _BOTH_READ,
+}
+_REFUSED_DEVICES = {
+    "usb-host": "the new QEMU would take the host's device from the running guest",
+    "usb-redir": "the other end of the redirection serves one QEMU at a time",
+    "vhost-vsock": "the host gives a context id to one QEMU at a time",
+    "vhost-scsi": "its target serves one QEMU at a time",
+    "virtio-input-host": _BOTH_READ,
+    "input-linux": _BOTH_READ,
+}
 _REFUSED_RUN_WITH = ("chroot", "exit-with-parent")
 _ONLY_THERE = "it names a file descriptor that only the running QEMU has"
 
@@ -55,12 +72,15 @@ class Descriptor:
 
     :ivar number: its number there.
     :ivar of_old: the old QEMU's descriptor that it is a duplicate of.
+    :ivar opened_anew: whether that file is opened once more instead: two QEMUs that share an
+        open file share its locks too, and the image would be protected from neither.
     :ivar tap: or else the temporary interface of a tap that it is a queue of.
     :ivar path: or else the file that it is.
     """
 
     number: int
     of_old: int | None = None
+    opened_anew: bool = False
     tap: str | None = None
     path: str | None = None
 
@@ -103,7 +123,7 @@ class NewCommandLine:
     display: dict[str, t.Any] | None = None
     forwards: list[tuple[str, str]] = field(default_factory=list)
 
-    def descriptor(self, of_old: int | None = None, **source: str) -> int:
+    def descriptor(self, of_old: int | None = None, **source: t.Any) -> int:
         """Ask for one more descriptor; its number in the new QEMU."""
         number = _FIRST_DESCRIPTOR + len(self.descriptors)
         self.descriptors.append(Descriptor(number, of_old, **source))
@@ -225,7 +245,7 @@ def _fd_set(fd_set: t.Mapping[str, t.Any], result: NewCommandLine) -> list[Optio
     found = []
     for item in fd_set["fds"]:
         pairs: list[tuple[str | None, str]] = [
-            ("fd", str(result.descriptor(item["fd"]))),
+            ("fd", str(result.descriptor(item["fd"], opened_anew=True))),
             ("set", str(fd_set["fdset-id"])),
         ]
         if item.get("opaque"):
@@ -271,6 +291,15 @@ def _refusal(option: Option, properties: Properties) -> str | None:
         reason = _REFUSED["snapshot"]
     elif _is_socket_not_carried(option, properties):
         reason = "this form of a UNIX socket is not carried over"
+    elif option.name == "drive" and "/dev/fdset/" in (option.value or "") and properties.get("auto-read-only") != "off":
+        # Seen with 10.0 and 11.1: neither QEMU gets the image's lock back then, and the guest is down.
+        reason = "a -drive with a file descriptor can't be locked again; one with auto-read-only=off can"
+    elif option.name == "trace" and "file" in keys:
+        reason = _REFUSED["D"]
+    elif option.name in ("device", "object") and _refused_device(kind):
+        reason = _refused_device(kind)
+    elif _refused_chardev(option, kind):
+        reason = _refused_chardev(option, kind)
     elif "vhost-user" in kind:
         reason = "its backend serves one QEMU at a time"
     elif option.name == "spice" and keys & {"port", "tls-port"}:
@@ -280,6 +309,20 @@ def _refusal(option: Option, properties: Properties) -> str | None:
     elif kind == "udp" and keys & {"localport", "localaddr"} or re.match(r"(mon:)?udp:.*@", option.value or ""):
         reason = "its port can't be handed over"
     return reason
+
+
+def _refused_device(kind: str) -> str | None:
+    return next((why for name, why in _REFUSED_DEVICES.items() if kind == name or kind.startswith(f"{name}-")), None)
+
+
+def _refused_chardev(option: Option, kind: str) -> str | None:
+    """Why a character device can't be handed over, or None."""
+    if option.name == "chardev":
+        return _REFUSED_CHARDEVS.get(kind)
+    value = (option.value or "").split(",")[0]
+    if option.name not in character_devices.SHORT_FORMS:
+        return None
+    return _BOTH_READ if value.startswith("/dev/") else _REFUSED_CHARDEVS.get(value.split(":")[0])
 
 
 def _is_socket_not_carried(option: Option, properties: Properties) -> bool:

@@ -55,6 +55,8 @@ def _facts(inspection: preflight.Inspection, binary: offer.Binary | None) -> dic
         "machine_type": seen.machine_type if seen else None,
         "run_state": seen.run_state if seen else None,
         "modes": modes,
+        "notes": inspection.description.notes if inspection.description else [],
+        "systemd_unit": inspection.unit["Id"] if inspection.unit else None,
     }
     if binary:
         blockers = inspection.blockers_for(binary)

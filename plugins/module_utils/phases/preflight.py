@@ -68,19 +68,23 @@ async def inspect(qemu: QemuProcess, offers: Offers) -> Inspection:
     """
     inspection = Inspection(qemu)
     try:
-        inspection.unit = await systemd.service_of(qemu.identity.pid)
+        _refuse_foreign(qemu)
     except CprError as error:
         inspection.blockers.append(error)
-    for check in (_refuse_foreign, _refuse_unsupported):
+        return inspection  # its monitor is not ours to open
+    for check in (_refuse_unsupported, _find_unit):
         try:
-            await check(qemu)
+            await check(inspection)
         except CprError as error:
             inspection.blockers.append(error)
     try:
         async with await guests.open_monitor(qemu) as monitor:
             inspection.monitor = monitor.where
             inspection.observation = await observe(monitor, qemu, offers)
-            inspection.description = await describe(monitor, qemu, inspection.observation.machine_type)
+            description = await describe(monitor, qemu, inspection.observation.machine_type)
+            # What can't be handed over is found out by trying.
+            new_command_line.make(description.options, description.running, cpr_socket="/")
+            inspection.description = description
     except CprError as error:
         # What can't be read of the command line was said already.
         if str(error) not in map(str, inspection.blockers):
@@ -88,7 +92,7 @@ async def inspect(qemu: QemuProcess, offers: Offers) -> Inspection:
     return inspection
 
 
-async def _refuse_foreign(qemu: QemuProcess) -> None:
+def _refuse_foreign(qemu: QemuProcess) -> None:
     pid = qemu.identity.pid
     manager = managers.manager_of(qemu.arguments, process.read_file(pid, "cgroup"))
     if manager:
@@ -102,7 +106,12 @@ async def _refuse_foreign(qemu: QemuProcess) -> None:
         )
 
 
-async def _refuse_unsupported(qemu: QemuProcess) -> None:
+async def _find_unit(inspection: Inspection) -> None:
+    inspection.unit = await systemd.service_of(inspection.process.identity.pid)
+
+
+async def _refuse_unsupported(inspection: Inspection) -> None:
+    qemu = inspection.process
     new_command_line.refuse_unsupported(qemu.options)
     if character_devices.uses_standard_streams(qemu.options) and descriptors.has_terminal(qemu.identity.pid):
         raise CprError(
