@@ -393,3 +393,35 @@ def test_a_guest_of_another_manager_is_left_alone(start, host, tmp_path):
     assert outcome.error.code == "managed-by-another"
     assert "libvirt" in outcome.error.message
     assert len(guest.pids()) == 1
+
+
+def test_a_guest_in_a_container_is_refused(start, host):
+    guest = start("inside", prefix=["unshare", "--pid", "--fork", "--kill-child"])
+    before = guest.pids()
+    (outcome,) = host.launch(guest)
+    assert outcome.error.code == "in-container"
+    assert guest.pids() == before
+
+
+def test_what_blocks_a_migration_is_told_in_qemus_words(start, host, tmp_path):
+    guest = start("blocked")
+    with guest.qmp() as monitor:
+        # QEMU does not migrate guests with an image of this format.
+        monitor.execute(
+            "blockdev-create", **{"job-id": "a"}, options={"driver": "file", "filename": f"{tmp_path}/vdi", "size": 0}
+        )
+        wait_until(lambda: monitor.execute("query-jobs")[0]["status"] == "concluded", "the file is made")
+        monitor.execute("job-dismiss", id="a")
+        monitor.execute("blockdev-add", **{"driver": "file", "filename": f"{tmp_path}/vdi", "node-name": "f"})
+        monitor.execute("blockdev-create", **{"job-id": "b"}, options={"driver": "vdi", "file": "f", "size": 1 << 20})
+        wait_until(lambda: monitor.execute("query-jobs")[0]["status"] == "concluded", "the image is made")
+        monitor.execute("job-dismiss", id="b")
+        monitor.execute("blockdev-add", **{"driver": "vdi", "file": "f", "node-name": "v"})
+    (outcome,) = host.launch(guest)
+    assert outcome.error is None, str(outcome.error)
+    (outcome,) = host.transfer(guest)
+    assert outcome.error.code == "migration-blocked"
+    assert "vdi" in outcome.error.message
+    host.rollback(guest)
+    assert guest.status() == "running"
+    guest.check_continuity()

@@ -204,14 +204,15 @@ def test_what_a_dead_run_left_before_the_switch_is_undone_by_the_next(start, hos
     guest.check_continuity()
 
 
-def test_a_disk_that_was_snapshotted_since_the_start_is_refused_before_the_switch(start, host):
+def test_a_disk_that_is_snapshotted_during_the_update_is_refused_before_the_switch(start, host):
     guest = start("web1")
     old = guest.pid()
+    host.launch(guest)
     with guest.qmp() as monitor:
         monitor.execute(
             "blockdev-snapshot-sync", device="disk", **{"snapshot-file": str(guest.directory / "over.qcow2")}
         )
-    host.until("transfer", guest)
+    host.transfer(guest)
     (outcome,) = host.setup(guest)
     assert outcome.error.code == "disks-differ"
     assert "over.qcow2" in outcome.error.message and "disk.img" in outcome.error.message
