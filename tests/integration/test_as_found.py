@@ -404,24 +404,16 @@ def test_a_guest_in_a_container_is_refused(start, host):
 
 
 def test_what_blocks_a_migration_is_told_in_qemus_words(start, host, tmp_path):
-    guest = start("blocked")
-    with guest.qmp() as monitor:
-        # QEMU does not migrate guests with an image of this format.
-        monitor.execute(
-            "blockdev-create", **{"job-id": "a"}, options={"driver": "file", "filename": f"{tmp_path}/vdi", "size": 0}
-        )
-        wait_until(lambda: monitor.execute("query-jobs")[0]["status"] == "concluded", "the file is made")
-        monitor.execute("job-dismiss", id="a")
-        monitor.execute("blockdev-add", **{"driver": "file", "filename": f"{tmp_path}/vdi", "node-name": "f"})
-        monitor.execute("blockdev-create", **{"job-id": "b"}, options={"driver": "vdi", "file": "f", "size": 1 << 20})
-        wait_until(lambda: monitor.execute("query-jobs")[0]["status"] == "concluded", "the image is made")
-        monitor.execute("job-dismiss", id="b")
-        monitor.execute("blockdev-add", **{"driver": "vdi", "file": "f", "node-name": "v"})
+    image = tmp_path / "nvme.img"
+    image.write_bytes(bytes(1 << 20))
+    guest = start(
+        "blocked", more=["-drive", f"if=none,id=n,file={image},format=raw", "-device", "nvme,drive=n,serial=x"]
+    )
     (outcome,) = host.launch(guest)
     assert outcome.error is None, str(outcome.error)
     (outcome,) = host.transfer(guest)
     assert outcome.error.code == "migration-blocked"
-    assert "vdi" in outcome.error.message
+    assert "nvme" in outcome.error.message
     host.rollback(guest)
     assert guest.status() == "running"
     guest.check_continuity()

@@ -71,12 +71,16 @@ async def _prepare_old(monitor: Monitor, update: journal.Update) -> None:
     # QEMU computes the reasons for the mode that is set now.
     reasons = (await monitor.execute("query-migrate")).get("blocked-reasons")
     if reasons:
-        raise CprError(
-            "migration-blocked",
-            f"QEMU does not allow a cpr-transfer of this guest: {'; '.join(reasons)}.",
-            "Remove what it names from the guest, or leave the guest out of live_update_guests.",
-            qemu_description="; ".join(reasons),
-        )
+        raise _blocked("; ".join(reasons))
+
+
+def _blocked(why: str) -> CprError:
+    return CprError(
+        "migration-blocked",
+        f"QEMU does not allow a cpr-transfer of this guest: {why}.",
+        "Remove what it names from the guest, or leave the guest out of live_update_guests.",
+        qemu_description=why,
+    )
 
 
 async def _migrate(monitor: Monitor, update: journal.Update) -> None:
@@ -84,7 +88,12 @@ async def _migrate(monitor: Monitor, update: journal.Update) -> None:
         return {"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": path}}
 
     channels = [channel("main", update.main_socket), channel("cpr", update.cpr_socket)]
-    await monitor.execute("migrate", {"channels": channels})
+    try:
+        await monitor.execute("migrate", {"channels": channels})
+    except CprError as error:
+        if error.code == "qmp-error":  # a device that can't be migrated is no blocked-reason
+            raise _blocked(str(error.qemu_description)) from error
+        raise
 
 
 async def _wait_for_new_monitor(
