@@ -95,7 +95,10 @@ async def take_names(pid: int, doubles: t.Iterable[taps.Tap]) -> list[str]:
     :returns: what did not work, as sentences: the guest's network works all the same.
     """
     problems = []
-    numbers = {name: number for number, name in open_taps(pid).items()}
+    try:
+        numbers = {name: number for number, name in open_taps(pid).items()}
+    except OSError:
+        return []  # it is gone, which others will say
     for tap in doubles:
         if tap.temporary not in numbers:
             continue  # renamed already, by a run that died

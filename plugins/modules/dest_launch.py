@@ -13,8 +13,11 @@ description:
   - Checks every guest and, only if all can be updated, starts a new QEMU for each beside the
     running one.
   - The new QEMU gets the old one's command line from C(/proc), with the machine type pinned, its
-    sockets at paths of their own, and the old one's user, groups, limits, environment, cgroup
-    and working directory. It then waits for the CPR state (M(vmfleet.cpr.cpr_transfer)).
+    sockets at paths of their own, what was plugged in or out since, and the old one's user,
+    groups, limits, environment, namespaces, cgroup and working directory. It then waits for the
+    CPR state (M(vmfleet.cpr.cpr_transfer)).
+  - A guest with a tap gets a second one in the same bridge. A guest that is a systemd service gets
+    a drop-in in C(/run/systemd/system) where C(NotifyAccess) is V(none).
   - The guest runs on its old QEMU, before and after. M(vmfleet.cpr.guest_rollback) undoes this
     module.
   - A guest that runs on O(qemu_binary) already is left alone.

@@ -142,6 +142,15 @@ guests:
         C(ready) for it and what stands in the way (C(blockers), each with C(code), C(message)
         and C(hint)). The role P(vmfleet.cpr.live_update#role) uses V(cpr-transfer).
       type: dict
+    notes:
+      description: What a live update would lose, or could not carry over, as sentences.
+      type: list
+      elements: str
+      sample: [Connections through its user network will be lost.]
+    systemd_unit:
+      description: The systemd service that the guest is the main process of, or null.
+      type: str
+      sample: guest@web1.service
     up_to_date:
       description: Whether the guest runs on O(qemu_binary) already. Only with O(qemu_binary).
       type: bool

@@ -11,8 +11,9 @@ short_description: Let guests go on in their new QEMU
 version_added: 1.0.0
 description:
   - Switches each guest from the old QEMU to the new one. The guest pauses for milliseconds.
-  - Then checks that the guest runs, ends the old QEMU and gives the new one the old one's paths,
-    so that the monitor answers where it did before.
+  - Then checks that the guest runs, makes the new QEMU the main process of the guest's systemd
+    service, ends the old QEMU and gives the new one the old one's paths, ports and interface names,
+    so that everything answers where it did before.
   - If the new QEMU fails before the guest runs on it, the guest is brought back on the old one
     by this very module; there is nothing left to undo then.
   - A guest that was paused before stays paused.

@@ -12,6 +12,8 @@ version_added: 1.0.0
 description:
   - Sets the migration capabilities and parameters on both QEMUs, from what both of them offer,
     and reads them back. QEMU's two ends do not agree on these by themselves.
+  - Compares disks and devices of both, and puts the threads of the new QEMU on the host's
+    processors that the old one's have.
   - The guest runs on its old QEMU, before and after. M(vmfleet.cpr.guest_rollback) undoes this
     module.
   - The whole way is P(vmfleet.cpr.live_update#role), which calls this module as one step.

@@ -44,8 +44,8 @@ VLANS = {
 TBF = "qdisc tbf 8001: root refcnt 257 rate 10Mbit burst 32Kb lat 400ms \n"
 
 
-def settings(link=LINK, port=PORT, vlans=VLANS, queue_disciplines=TBF):
-    return taps.read_settings(link, [port], [vlans], queue_disciplines)
+def settings(link=None, port=None, vlans=None, queue_disciplines=TBF):
+    return taps.read_settings(link or LINK, [port or PORT], [vlans or VLANS], queue_disciplines)
 
 
 def changed(*path, value):
