@@ -49,14 +49,15 @@ def write_out(options: t.Sequence[Option]) -> list[Option]:
         name = option.name
         if name == "s":
             name, option = "gdb", Option("-gdb", "tcp::1234")
-        kind = "compat_monitor" if name in _MONITOR_MODES else name
+        kind = "cpr_monitor" if name in _MONITOR_MODES else name
         number = numbers.get(kind, 0)
         numbers[kind] = number + 1
         socket = _socket(option.value or "") if name in SHORT_FORMS else None
         if socket is None:
             result.append(option)
             continue
-        identity = kind if kind in ("gdb", "debugcon") else f"{kind}{number}"  # as QEMU itself does (chardev/char.c)
+        # As QEMU itself calls them (chardev/char.c), but for monitors: those it counts anew without this one.
+        identity = kind if kind in ("gdb", "debugcon") else f"{kind}{number}"
         properties, is_mux = socket
         pairs: list[tuple[str | None, str]] = [(None, "socket"), ("id", identity), *properties]
         if name == "gdb" and ("server", "on") not in pairs:  # QEMU adds it there (gdbstub/system.c)

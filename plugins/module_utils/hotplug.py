@@ -29,9 +29,10 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 _NOT_SETTABLE = frozenset("busnr attached guest-stats".split())
 # Of a processor: its place is all that is its own, the rest is the -cpu of all.
 _PROCESSOR_KEYS = frozenset("socket-id die-id cluster-id module-id core-id thread-id node-id".split())
+_NOT_LISTED = ""
 # Where a device is on its bus: chosen by QEMU in the order of creation where nobody says it.
 PLACE_KEYS = ("addr", "slot", "scsi-id", "lun", "nr", "unit")
-_NETWORK = re.compile(r"^(?:\s*\\ )?(?P<id>[^:]+): index=\d+,type=(?P<type>[\w-]+),(?P<rest>.*)$")
+_NETWORK = re.compile(r"(?P<id>[^\s:]+): index=\d+,type=(?P<type>[\w-]+),(?P<rest>.*)$")
 _USB = re.compile(r"^\s*Device [\d.]+, Port (?P<port>[\d.]+), .*, ID: (?P<id>\S+)\s*$")
 
 
@@ -71,6 +72,7 @@ class Plugged:
     """What a guest has now.
 
     :ivar objects: of ``/objects``, by id: the type and properties.
+    :ivar memory: the object that is the guest's RAM; QEMU makes one itself where no option names one.
     :ivar networks: what ``info network`` prints.
     :ivar usb: what ``x-query-usb`` prints.
     :ivar blocks: what ``query-block`` returned.
@@ -82,6 +84,7 @@ class Plugged:
 
     devices: t.Sequence[Device] = ()
     objects: t.Mapping[str, t.Mapping[str, t.Any]] = field(default_factory=dict)
+    memory: str = ""
     networks: str = ""
     usb: str = ""
     blocks: t.Sequence[t.Mapping[str, t.Any]] = ()
@@ -228,20 +231,16 @@ class _Change:
             if device is None:
                 continue
             given, present = read_properties(option).get("drive"), self._drive_of(device)
-            if present == given or present is None and given is None:
+            if present in (given, _NOT_LISTED) or present is None and given is None:
                 continue
-            if present is None and self._is_of_drive(given):
-                continue  # an empty -drive is still the device's
             self.options[index] = with_property(option, "drive", present and self._need_drive(present))
 
-    def _is_of_drive(self, name: str | None) -> bool:
-        return any(option.name == "drive" and read_properties(option).get("id") == name for option in self.options)
-
     def _drive_of(self, device: Device) -> str | None:
+        """Its disk, None for a drive without a medium, or `_NOT_LISTED` for what is no drive."""
         for path, name in self.drives.items():
             if path in (device.path, device.id) or path.startswith(f"{device.path}/"):
                 return name
-        return None
+        return _NOT_LISTED
 
     def _need_drive(self, name: str) -> str:
         """Make sure that the command line has this disk; the name that it has there."""
@@ -300,7 +299,7 @@ class _Change:
     def _add_objects(self) -> None:
         given = {read_properties(option).get("id") for option in self.options if option.name == "object"}
         for identity, values in self.now.objects.items():
-            if identity in given or str(values["qom-type"]).startswith("monitor-"):
+            if identity in (*given, self.now.memory) or str(values["qom-type"]).startswith("monitor-"):
                 continue
             if "secret" in str(values["qom-type"]):
                 raise _unreadable(f"the secret {identity} was added, and its data would stand in the command line")
@@ -334,7 +333,7 @@ class _Change:
         if "drive" in names:
             drive = self._drive_of(device)
             arguments.pop("drive", None)
-            if drive:
+            if drive not in (None, _NOT_LISTED):
                 arguments["drive"] = self._need_drive(drive)
         if arguments.get("netdev"):
             self._need_network(arguments["netdev"])
@@ -389,14 +388,13 @@ def _is_given(device: Device, name: str, description: t.Mapping[str, t.Any], val
     return name == "romfile" or value not in ("", None, [])
 
 
-def _drives(blocks: t.Iterable[t.Mapping[str, t.Any]]) -> dict[str, str]:
-    """Device paths, or ids, and the disk that each has: a drive's id, or a node's name."""
-    found = {}
-    for block in blocks:
-        name = block["device"] or (block.get("inserted") or {}).get("node-name")
-        if block.get("qdev") and name:
-            found[block["qdev"]] = name
-    return found
+def _drives(blocks: t.Iterable[t.Mapping[str, t.Any]]) -> dict[str, str | None]:
+    """Device paths, or ids, and the disk that each has: a drive's id, a node's name, or None for no medium."""
+    return {
+        block["qdev"]: block["device"] or (block.get("inserted") or {}).get("node-name")
+        for block in blocks
+        if block.get("qdev")
+    }
 
 
 def _drive(name: str, block: t.Mapping[str, t.Any]) -> Option:
@@ -416,9 +414,9 @@ def _networks(text: str) -> dict[str, tuple[str, str]]:
     """The type and the details of each network backend, by its id."""
     found = {}
     for line in text.splitlines():
-        match = _NETWORK.match(line.strip())
+        match = _NETWORK.search(line.strip())
         if match and match.group("type") != "nic":
-            found[match.group("id").strip("\\ ")] = match.group("type"), match.group("rest")
+            found[match.group("id")] = match.group("type"), match.group("rest")
     return found
 
 

@@ -287,6 +287,8 @@ def _refusal(option: Option, properties: Properties) -> str | None:
     elif option.name in ("netdev", "nic", "net", "chardev", "object", "device") and keys & {"fd", "fds"}:
         is_listener = option.name == "chardev" and kind == "socket" and properties.is_on("server")
         reason = None if taps.is_tap(option) or is_listener else _ONLY_THERE
+    elif option.name == "device" and "failover_pair_id" in keys:
+        reason = "whether that device is there depends on the guest's driver (virtio-net failover)"
     elif option.name == "drive" and properties.is_on("snapshot"):
         reason = _REFUSED["snapshot"]
     elif _is_socket_not_carried(option, properties):

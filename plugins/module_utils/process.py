@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import time
+import typing as t
 from dataclasses import dataclass
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import command_line, read_config
@@ -173,6 +174,15 @@ def parent(pid: int) -> int:
     :raises OSError: it is gone.
     """
     return int(read_file(pid, "stat").rpartition(")")[2].split()[1])
+
+
+def ancestors(pid: int) -> t.Iterator[int]:
+    """The processes that a process comes from, but for the first process of all.
+
+    :raises OSError: one is gone.
+    """
+    while (pid := parent(pid)) > 1:
+        yield pid
 
 
 def descriptors(pid: int) -> dict[int, str]:

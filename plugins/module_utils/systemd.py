@@ -35,9 +35,7 @@ _SCM_CREDENTIALS = 2  # asm-generic/socket.h; not in Python's socket
 _CAP_SYS_ADMIN = 21  # linux/capability.h
 # Seconds that systemd gets to work off what it was told.
 _BARRIER_TIMEOUT = 10.0
-_PROPERTIES = (
-    "Id LoadState ActiveState SubState Job MainPID NotifyAccess NeedDaemonReload WatchdogUSec FreezerState".split()
-)
+_PROPERTIES = "Id LoadState ActiveState SubState Job MainPID KillMode NotifyAccess NeedDaemonReload WatchdogUSec FreezerState".split()
 
 
 def unit_of(cgroup: str) -> str | None:
@@ -67,14 +65,24 @@ async def service_of(pid: int) -> dict[str, str] | None:
     if "/" in name:
         raise _refused(name, "it belongs to a user's own systemd, which can't watch a process that it did not start")
     unit = await _show(name)
-    if unit["MainPID"] == "0":
-        return None  # nobody follows this process; being in the control group is all
+    ancestors = list(process.ancestors(pid))
+    if follows_another(unit, pid, ancestors):
+        return None  # being in the control group is all
     reason = refusal(unit, pid, cgroup)
     if reason is None and not _may_speak_for_others():
         reason = "the task has not the privileges for it (run it as root)"
     if reason:
         raise _refused(unit["Id"], reason)
     return unit
+
+
+def follows_another(unit: t.Mapping[str, str], pid: int, ancestors: t.Container[int]) -> bool:
+    """Whether a service neither ends with a process nor ends it, as cron's and those of sshd do.
+
+    :param ancestors: the processes that it comes from.
+    """
+    main = int(unit["MainPID"] or 0)
+    return main == 0 or main != pid and main not in ancestors and unit["KillMode"] in ("process", "none")
 
 
 def refusal(unit: t.Mapping[str, str], pid: int, cgroup: str) -> str | None:
@@ -85,7 +93,7 @@ def refusal(unit: t.Mapping[str, str], pid: int, cgroup: str) -> str | None:
     :param cgroup: its ``/proc/PID/cgroup``.
     """
     if unit["MainPID"] != str(pid):
-        return f"its main process is not the QEMU but another one ({unit['MainPID']}), which started it"
+        return f"its main process is not the QEMU but another one ({unit['MainPID']}), which may wait for it"
     if not any(line.startswith("0::/") and len(line) > len("0::/") for line in cgroup.splitlines()):
         return "the host uses version 1 of control groups"
     if unit["LoadState"] != "loaded" or unit["NeedDaemonReload"] == "yes":

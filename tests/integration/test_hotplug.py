@@ -6,9 +6,20 @@
 from __future__ import annotations
 
 
+import asyncio
+
 import pytest
 
-from tests.guests.guest import wait_until
+from ansible_collections.vmfleet.cpr.plugins.module_utils import command_line, process
+from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases.describe import describe
+from tests.guests.guest import OLD_SUITE, Guest, qemu, wait_until
+
+
+def names(guest):
+    """The ids of the devices that were made by an option or device_add."""
+    with guest.qmp() as monitor:
+        return [item["name"] for item in monitor.execute("qom-list", path="/machine/peripheral")]
 
 
 def peripherals(guest):
@@ -64,7 +75,7 @@ def test_what_was_plugged_in_stays_and_what_was_unplugged_stays_out(start, host,
         monitor.execute("object-add", **{"qom-type": "iothread", "id": "helper"})
         monitor.execute("device_add", driver="virtio-rng-pci", bus="rp2")
         monitor.execute("device_del", id="tablet")
-    wait_until(lambda: "tablet" not in peripherals(guest), "the tablet is gone")
+    wait_until(lambda: "tablet" not in names(guest), "the tablet is gone")
     before = peripherals(guest), disks(guest)
     assert {"hotdisk", "hotcard", "dimm", "keys"} <= set(before[0])
 
@@ -94,13 +105,13 @@ def test_a_guest_sees_just_what_it_saw(start, host, tmp_path):
         monitor.execute("netdev_add", type="user", id="hotnet")
         monitor.execute("device_add", driver="virtio-net-pci", id="hotcard", bus="rp1", netdev="hotnet")
         monitor.execute("device_del", id="spare")
-    wait_until(lambda: "spare" not in peripherals(guest), "the guest has let the device go")
+    wait_until(lambda: "spare" not in names(guest), "the guest has let the device go")
     wait_until(lambda: devices() != first and len(devices().split()) == len(first.split()) + 1, "the guest sees both")
     seen = devices()
     host.until("resume", guest)
     guest.wait_for_ticks(30)
     assert devices() == seen
-    assert "spare" not in peripherals(guest)
+    assert "spare" not in names(guest)
     guest.check_continuity()
 
 
@@ -151,3 +162,46 @@ def test_what_qemu_does_not_tell_is_refused_before_anything_is_started(start, ho
     assert outcome.error.code == "device-unreadable"
     assert "later" in outcome.error.message
     assert len(guest.pids()) == 1
+
+
+# As real scripts write them; {dir} has some images.
+UNTOUCHED = {
+    "as little as can be": "-m 64 -hda {dir}/a -cdrom {dir}/b -boot d",
+    "defaults and a display": "-m 64 -usb -usbdevice tablet -vga std -display none -nic user,model=e1000",
+    "a drive by its interface": "-M pc -m 64 -drive file={dir}/a,if=virtio,format=raw,cache=none -drive file={dir}/b,media=cdrom -net nic -net user",
+    "drives and devices": "-nodefaults -m 64 -drive file={dir}/a,if=none,id=d0,format=raw -device virtio-blk-pci,drive=d0"
+    " -drive if=none,id=cd0,media=cdrom -device ide-cd,drive=cd0,id=cd -device virtio-balloon -device virtio-rng-pci",
+    "scsi": "-nodefaults -m 64 -device virtio-scsi-pci,id=scsi0 -drive file={dir}/a,if=none,id=d0,format=raw"
+    " -device scsi-hd,drive=d0,bus=scsi0.0,channel=0,scsi-id=0,lun=0 -device scsi-cd -drive file={dir}/b,if=none,id=d1,format=raw -device scsi-hd,drive=d1",
+    "usb": "-nodefaults -m 64 -device qemu-xhci,id=x -device usb-tablet -device usb-kbd,id=k -drive file={dir}/a,if=none,id=stick,format=raw -device usb-storage,drive=stick",
+    "json": """-nodefaults -m 64 -blockdev {{"driver":"raw","node-name":"n0","file":{{"driver":"file","filename":"{dir}/a"}}}}"""
+    """ -device {{"driver":"virtio-blk-pci","drive":"n0","id":"d"}} -netdev {{"type":"user","id":"u0"}} -device {{"driver":"e1000","netdev":"u0"}}""",
+    "objects": "-nodefaults -m 64 -smp 2 -object iothread,id=io0 -object memory-backend-ram,id=m0,size=32M -object memory-backend-ram,id=m1,size=32M"
+    " -numa node,nodeid=0,memdev=m0,cpus=0 -numa node,nodeid=1,memdev=m1,cpus=1 -object rng-random,id=r,filename=/dev/urandom -device virtio-rng-pci,rng=r"
+    " -device virtio-serial -chardev null,id=c0 -device virtserialport,chardev=c0,name=a -drive file={dir}/a,if=none,id=d0,format=raw -device virtio-blk-pci,drive=d0,iothread=io0",
+    "bridges": "-nodefaults -M q35 -m 64 -device pcie-root-port,id=rp0,chassis=1 -device virtio-net-pci,bus=rp0,netdev=n0,romfile= -netdev user,id=n0"
+    " -device pcie-pci-bridge,id=b0 -device e1000,bus=b0,addr=3,netdev=n1 -netdev user,id=n1 -device pxb-pcie,bus_nr=8,id=pxb",
+    "firmware and sound": "-M pc -m 64 -audiodev none,id=snd -device intel-hda -device hda-duplex,audiodev=snd -serial none -parallel none -monitor none -rtc base=utc",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", UNTOUCHED)
+def test_a_guest_that_nobody_touched_keeps_its_command_line(tmp_path, row):
+    for name in ("a", "b"):
+        image(tmp_path / name)
+    line = UNTOUCHED[row].format(dir=tmp_path)
+    words = ["-name", "guest=untouched,debug-threads=on", "-S", "-qmp", f"unix:{tmp_path}/qmp.sock,server=on,wait=off"]
+    guest = Guest("untouched", tmp_path, [*words, "-display", "none", *line.split()])
+    try:
+        guest.start(qemu(OLD_SUITE))
+        found = process.read(guest.pid())
+
+        async def look():
+            async with await Monitor.connect(str(guest.monitor), pid=guest.pid()) as monitor:
+                return await describe(monitor, found, "any")
+
+        description = asyncio.run(look())
+        assert command_line.write(description.options) == list(found.arguments)
+        assert [note for note in description.notes if "user network" not in note] == []
+    finally:
+        guest.kill()

@@ -34,13 +34,13 @@ def make(*words, **live):
     [
         (
             ["-monitor", "telnet:127.0.0.1:7,server,nowait"],
-            ["-chardev", "socket,id=compat_monitor0,telnet=on,server=on,wait=off,fd=10",
-             "-mon", "chardev=compat_monitor0,mode=readline"],
+            ["-chardev", "socket,id=cpr_monitor0,telnet=on,server=on,wait=off,fd=10",
+             "-mon", "chardev=cpr_monitor0,mode=readline"],
         ),
         (
             ["-qmp", "unix:/q,server=on", "-qmp-pretty", "tcp::7,server=on"],
-            ["-qmp", "unix:/q.cpr1,server=on,wait=off", "-chardev", "socket,id=compat_monitor1,server=on,fd=10,wait=off",
-             "-mon", "chardev=compat_monitor1,mode=control,pretty=on"],
+            ["-qmp", "unix:/q.cpr1,server=on,wait=off", "-chardev", "socket,id=cpr_monitor1,server=on,fd=10,wait=off",
+             "-mon", "chardev=cpr_monitor1,mode=control,pretty=on"],
         ),
         (
             ["-serial", "null", "-serial", "mon:tcp:localhost:7,server=on,nodelay"],
@@ -232,6 +232,21 @@ GOOD_UNIT = {
 def test_which_units_can_be_handed_over(change, cgroup, reason):
     found = systemd.refusal({**GOOD_UNIT, **change}, 7, cgroup)
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize(
+    ("main", "kill_mode", "expected"),
+    [
+        (0, "control-group", True),  # oneshot
+        (5, "process", True),  # cron, sshd
+        (5, "control-group", False),  # a script that polls a pid file
+        (4, "process", False),  # a script that waits for its child
+        (7, "process", False),
+    ],
+)
+def test_a_service_that_follows_something_else_is_no_obstacle(main, kill_mode, expected):
+    unit = {**GOOD_UNIT, "MainPID": str(main), "KillMode": kill_mode}
+    assert systemd.follows_another(unit, 7, [6, 4]) is expected
 
 
 @pytest.mark.parametrize(

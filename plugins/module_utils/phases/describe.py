@@ -117,9 +117,11 @@ async def _optional(monitor: Monitor, command: str, otherwise: t.Any) -> t.Any:
 
 async def _plugged(monitor: Monitor, qemu: QemuProcess) -> hotplug.Plugged:
     usb = await _optional(monitor, "x-query-usb", {"human-readable-text": ""})
+    memory = await monitor.execute("qom-get", {"path": "/machine", "property": "memory-backend"})
     return hotplug.Plugged(
         devices=await devices(monitor),
         objects=await _objects(monitor),
+        memory=memory.rpartition("/")[2],
         networks=await monitor.human("info network"),
         usb=usb["human-readable-text"],
         blocks=await monitor.execute("query-block"),
