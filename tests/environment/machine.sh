@@ -11,6 +11,7 @@ top=$(cd "$(dirname "$0")/../.." && pwd)
 cache=$top/.cache/machine
 . "$top/tests/environment/apt.sh"
 
+need ip iproute2
 mkdir -p "$cache"
 exec 9>"$cache/lock"
 flock 9

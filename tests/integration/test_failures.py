@@ -73,18 +73,20 @@ def test_old_qemu_runs_on_when_the_new_one_dies_between_two_phases(start, host, 
     check_back_and_able_to_go(guest, host, old)
 
 
-def test_a_new_qemu_that_cant_open_a_disk_says_so_in_its_own_words(start, host):
-    guest = start("web1", more=["-object", "secret,id=key,data=hunter2"])
+def test_a_new_qemu_that_cant_open_a_file_says_so_in_its_own_words(start, host, tmp_path):
+    notes = tmp_path / "notes"
+    notes.write_text("for the guest")
+    more = ["-object", "secret,id=key,data=hunter2", "-fw_cfg", f"name=opt/org.example,file={notes}"]
+    guest = start("web1", more=more)
     old = guest.pid()
-    disk = guest.directory / "disk.img"
-    disk.rename(guest.directory / "away.img")
+    notes.rename(tmp_path / "away")
     host.until("launch", guest)
     (outcome,) = host.transfer(guest)
     assert outcome.error.code == "new-qemu-exited"
-    assert "disk.img': No such file or directory" in outcome.error.message
+    assert str(notes) in outcome.error.message
     assert "hunter2" not in str(outcome.error)
     assert guest.status() == "running"
-    (guest.directory / "away.img").rename(disk)
+    (tmp_path / "away").rename(notes)
     host.rollback(guest)
     check_back_and_able_to_go(guest, host, old)
 

@@ -133,11 +133,14 @@ def test_check_mode_shows_both_command_lines_without_secrets_and_touches_nothing
 
 
 def test_a_guest_that_fails_is_brought_back_and_the_others_go_on(start, tmp_path):
-    good, bad = start("good"), start("bad", more=["-object", "secret,id=key,data=hunter2"])
-    (tmp_path / "bad" / "disk.img").unlink()  # the running QEMU has it open; a new one can't
+    notes = tmp_path / "notes"
+    notes.write_text("for the guest")
+    more = ["-object", "secret,id=key,data=hunter2", "-fw_cfg", f"name=opt/org.example,file={notes}"]
+    good, bad = start("good"), start("bad", more=more)
+    notes.unlink()  # the running QEMU has read it; a new one can't
     run = live_update(qemu(NEW_SUITE), tmp_path / "state", ["good", "bad"])
     assert run.returncode == 2
-    assert "disk.img" in run.stdout and "[new-qemu-exited]" in run.stdout and "hunter2" not in run.stdout
+    assert str(notes) in run.stdout and "[new-qemu-exited]" in run.stdout and "hunter2" not in run.stdout
     last = run.stdout.partition("Fail if a guest was not updated")[2]
     assert "bad: The new QEMU exited" in last and "good" not in last.partition("PLAY RECAP")[0]
     assert good.version().startswith("11.1.") and bad.version().startswith("10.0.")
