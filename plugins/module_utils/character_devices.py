@@ -155,4 +155,7 @@ def uses_standard_streams(options: t.Iterable[Option]) -> bool:
             return True
         if option.name == "chardev" and read_properties(option).implied == "stdio":
             return True
-    return any(option.name == "nographic" for option in listed)
+    names = {option.name for option in listed}
+    # -nographic puts there what is not put elsewhere (system/vl.c, qemu_create_default_devices).
+    has_serial, has_monitor = "serial" in names, bool(names & {"monitor", "mon", *_MONITOR_MODES})
+    return "nographic" in names and "nodefaults" not in names and not (has_serial and has_monitor)

@@ -160,7 +160,7 @@ def read_properties(option: Option) -> Properties:
         ) from error
 
 
-def with_property(option: Option, key: str, value: str | None) -> Option:
+def with_property(option: Option, key: str, value: t.Any) -> Option:
     """An option in which a key has this value, or is missing for None, in the syntax that it has."""
     text = option.value or ""
     if text.startswith("{") and option.name in _JSON_OPTIONS:
@@ -169,7 +169,7 @@ def with_property(option: Option, key: str, value: str | None) -> Option:
     properties = read_properties(option)
     if value is None:
         return Option(option.flag, str(Properties(pair for pair in properties.pairs if pair[0] != key)))
-    return Option(option.flag, str(properties.with_value(key, value)))
+    return Option(option.flag, str(properties.with_value(key, str(value))))
 
 
 def _flatten(tree: dict[str, t.Any], prefix: str = "") -> t.Iterator[tuple[str, str]]:

@@ -101,7 +101,7 @@ def differing_devices(old: t.Iterable[Device], new: t.Iterable[Device]) -> list[
         return collections.Counter(
             f"{device.id or 'a device without an id'} ({device.type}"
             + (f" on {device.bus}" if device.bus else "")
-            + "".join(f", {key} {value}" for key, value in sorted(device.place.items()))
+            + "".join(f", {key} {value}" for key, value in sorted(device.seen.items()))
             + ")"
             for device in devices
         )

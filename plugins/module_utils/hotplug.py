@@ -31,7 +31,9 @@ _NOT_SETTABLE = frozenset("busnr attached guest-stats".split())
 _PROCESSOR_KEYS = frozenset("socket-id die-id cluster-id module-id core-id thread-id node-id".split())
 _NOT_LISTED = ""
 # Where a device is on its bus: chosen by QEMU in the order of creation where nobody says it.
-PLACE_KEYS = ("addr", "slot", "scsi-id", "lun", "nr", "unit")
+_PLACE_KEYS = ("addr", "slot", "scsi-id", "lun", "nr", "unit")
+# What else two devices of one type at one place may differ in.
+SEEN_KEYS = (*_PLACE_KEYS, "netdev", "mac", "chardev")
 _NETWORK = re.compile(r"(?P<id>[^\s:]+): index=\d+,type=(?P<type>[\w-]+),(?P<rest>.*)$")
 _USB = re.compile(r"^\s*Device [\d.]+, Port (?P<port>[\d.]+), .*, ID: (?P<id>\S+)\s*$")
 
@@ -45,7 +47,7 @@ class Device:
     :ivar hotplugged: whether it came after the guest's start.
     :ivar properties: what ``device-list-properties`` and ``qom-get`` say of one that is
         hotplugged: triples of name, description and value.
-    :ivar place: the values of `PLACE_KEYS`, as far as it has them.
+    :ivar seen: the values of `SEEN_KEYS`, as far as it has them.
     """
 
     path: str
@@ -53,7 +55,7 @@ class Device:
     parent_bus: str | None
     hotplugged: bool
     properties: t.Sequence[tuple[str, t.Mapping[str, t.Any], t.Any]] = ()
-    place: t.Mapping[str, t.Any] = field(default_factory=dict)
+    seen: t.Mapping[str, t.Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str | None:
@@ -126,7 +128,6 @@ class _Change:
     # What is gone
 
     def _drop_what_is_gone(self) -> None:
-        networks = _networks(self.now.networks)
         devices = [option for option in self.options if option.name == "device"]
         anonymous = [option for option in devices if not read_properties(option).get("id")]
         present = [device for device in self.now.devices if not device.id and not device.hotplugged]
@@ -138,12 +139,14 @@ class _Change:
             identity = read_properties(option).get("id") if option.value else None
             if option.name == "device" and option in gone:
                 continue
-            if option.name == "netdev" and identity not in networks:
+            if option.name == "netdev" and not re.search(rf"(^|[\s\\]){re.escape(str(identity))}:", self.now.networks):
                 continue
             if option.name == "object" and identity not in self.now.objects:
                 continue
-            kept.append(self._pinned(option) if gone and option.name == "device" else option)
+            kept.append(option)
         self.options = kept
+        if gone:
+            self.options = [self._pinned(option) if option.name == "device" else option for option in kept]
 
     def _is_gone(self, option: Option) -> bool:
         """Unplugged, or unplugged and another one plugged in with its id."""
@@ -153,11 +156,12 @@ class _Change:
     def _pinned(self, option: Option) -> Option:
         """The device at its present place: without the one that is gone QEMU would move it up."""
         device = self._device_of(option)
-        if device:
-            given = read_properties(option)
-            for key, value in self._place(device).items():
-                if given.get(key) is None:
-                    option = with_property(option, key, str(value))
+        if device is None:
+            raise _unreadable(f"it can't be told which of its devices is {option.value}")
+        given = read_properties(option)
+        for key, value in self._place(device).items():
+            if given.get(key) is None:
+                option = with_property(option, key, value)
         return option
 
     def _device_of(self, option: Option) -> Device | None:
@@ -165,12 +169,17 @@ class _Change:
         if identity:
             return self.by_id.get(identity)
         anonymous = [item for item in self.options if item.name == "device" and not read_properties(item).get("id")]
+        # QEMU makes those in key=value syntax first (system/vl.c, qemu_create_cli_devices).
+        anonymous.sort(key=lambda item: (item.value or "").startswith("{"))
         present = [device for device in self.now.devices if not device.id and not device.hotplugged]
-        # QEMU's own -device for a -drive if=virtio and the like is among them: then it can't be told.
-        return present[anonymous.index(option)] if len(present) == len(anonymous) else None
+        if len(present) != len(anonymous):
+            return None  # QEMU's own for a -drive if=virtio and the like are among them
+        number = next(index for index, item in enumerate(anonymous) if item is option)
+        driver = read_properties(option).implied or read_properties(option).get("driver")
+        return present[number] if present[number].type in (driver, f"{driver}-pci") else None
 
     def _place(self, device: Device) -> dict[str, t.Any]:
-        place = {key: value for key, value in device.place.items() if value is not None}
+        place = {key: device.seen[key] for key in _PLACE_KEYS if device.seen.get(key) is not None}
         if "addr" in place and device.parent_bus:  # of PCI: slot and function in one number
             place["addr"] = f"{place['addr'] >> 3:x}.{place['addr'] & 7:x}" if place["addr"] >= 0 else None
         port = _usb_ports(self.now.usb).get(device.id or "")
@@ -208,7 +217,8 @@ class _Change:
             return option
         if medium["file"].startswith("json:"):
             return option  # the comparison of both QEMUs' disks says it if that is wrong
-        return with_property(with_property(option, "file", medium["file"]), "format", medium["drv"])
+        option = with_property(with_property(option, "driver", None), "file", medium["file"])
+        return with_property(option, "format", medium["drv"])
 
     def _with_cdrom(self, option: Option, block: t.Mapping[str, t.Any] | None) -> Option:
         if block is None:
@@ -376,7 +386,7 @@ def _is_given(device: Device, name: str, description: t.Mapping[str, t.Any], val
     kind = description["type"]
     if device.type.endswith("-cpu"):
         return name in _PROCESSOR_KEYS and value not in (None, -1)
-    if kind.startswith("child<") or name in _NOT_SETTABLE or name in PLACE_KEYS and device.bus:
+    if kind.startswith("child<") or name in _NOT_SETTABLE or name in _PLACE_KEYS and device.bus:
         return False
     if device.type in ("pc-dimm", "nvdimm") and name == "size":
         return False
@@ -398,7 +408,9 @@ def _drives(blocks: t.Iterable[t.Mapping[str, t.Any]]) -> dict[str, str | None]:
 
 
 def _drive(name: str, block: t.Mapping[str, t.Any]) -> Option:
-    medium = block["inserted"]
+    medium = block.get("inserted")
+    if medium is None:
+        return Option("-drive", str(Properties([("if", "none"), ("id", name), ("media", "cdrom")])))
     pairs: list[tuple[str | None, str]] = [
         ("if", "none"),
         ("id", name),

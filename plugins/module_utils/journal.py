@@ -255,7 +255,9 @@ class Journal:
                 data[key] = Qemu(**data[key]) if data[key] else None
             data["renames"] = [tuple(pair) for pair in data["renames"]]
             data["forwards"] = [tuple(pair) for pair in data["forwards"]]
-            data["taps"] = [Tap(**tap) for tap in data["taps"]]
+            data["taps"] = [
+                Tap(**{**tap, "addresses": [tuple(pair) for pair in tap["addresses"]]}) for tap in data["taps"]
+            ]
             return Update(**{**data, "directory": directory})
         except (FileNotFoundError, NotADirectoryError):
             return None

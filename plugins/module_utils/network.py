@@ -88,6 +88,34 @@ async def _port_state(pid: int, name: str) -> str | None:
     return ports[0].get("state") if ports else None
 
 
+async def addresses(pid: int, name: str) -> list[dict[str, t.Any]]:
+    """The MAC addresses that the bridge has for an interface.
+
+    :raises CprError: ``command-failed``.
+    """
+    return await _json(pid, "bridge", "-json", "fdb", "show", "dev", name)
+
+
+async def take_addresses(pid: int, doubles: t.Iterable[taps.Tap]) -> list[str]:
+    """Bind the MAC addresses that were bound to the taps to their doubles: the bridge does not learn those.
+
+    :param pid: the new QEMU.
+    :returns: what did not work, as sentences.
+    """
+    problems = []
+    for tap in doubles:
+        for address, vlan in tap.addresses:
+            words = ["vlan", str(vlan)] if vlan is not None else []
+            name = tap.temporary
+            try:
+                if name not in open_taps(pid).values():
+                    name = tap.name  # renamed already, by a run that died
+                await run(pid, "bridge", "fdb", "replace", address, "dev", name, "master", "static", *words)
+            except (CprError, OSError) as error:
+                problems.append(f"Its address {address} could not be bound to {name} in the bridge: {error}")
+    return problems
+
+
 async def take_names(pid: int, doubles: t.Iterable[taps.Tap]) -> list[str]:
     """Give the doubles the names of the taps that they replace, which are nobody's any more.
 

@@ -306,7 +306,12 @@ def _refusal(option: Option, properties: Properties) -> str | None:
         reason = "its backend serves one QEMU at a time"
     elif option.name == "spice" and keys & {"port", "tls-port"}:
         reason = "its port can't be handed over"
-    elif option.name in ("netdev", "net", "nic") and (keys & {"listen", "localaddr"} or properties.is_on("server")):
+    elif option.name in ("netdev", "net", "nic") and (
+        keys & {"listen", "localaddr"}
+        or properties.is_on("server")
+        or kind == "l2tpv3"
+        or any((key or "").startswith("local.") for key, dummy in properties.pairs)
+    ):
         reason = "its port can't be handed over"
     elif kind == "udp" and keys & {"localport", "localaddr"} or re.match(r"(mon:)?udp:.*@", option.value or ""):
         reason = "its port can't be handed over"
@@ -322,6 +327,7 @@ def _refused_chardev(option: Option, kind: str) -> str | None:
     if option.name == "chardev":
         return _REFUSED_CHARDEVS.get(kind)
     value = (option.value or "").split(",")[0]
+    value = value[len("mon:") :] if value.startswith("mon:") else value
     if option.name not in character_devices.SHORT_FORMS:
         return None
     return _BOTH_READ if value.startswith("/dev/") else _REFUSED_CHARDEVS.get(value.split(":")[0])

@@ -137,8 +137,17 @@ def read(pid: int) -> QemuProcess:
         executable=executable,
         executable_id=(status.st_dev, status.st_ino),
         on_disk=on_disk,
-        working_directory=os.readlink(f"{PROC}/{pid}/cwd"),
+        working_directory=_working_directory(pid, words),
     )
+
+
+def _working_directory(pid: int, words: t.Sequence[str]) -> str:
+    """The directory to which the relative paths of a command line belong."""
+    present = os.readlink(f"{PROC}/{pid}/cwd")
+    if {"-daemonize", "--daemonize"}.intersection(words):  # QEMU goes to / then (os-posix.c)
+        started = dict(word.partition("=")[::2] for word in read_file(pid, "environ").split("\0")).get("PWD")
+        return started or present
+    return present
 
 
 def find() -> list[QemuProcess]:

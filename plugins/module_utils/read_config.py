@@ -19,7 +19,7 @@ _OPTIONS = {"memory": "m", "smp-opts": "smp", "boot-opts": "boot"}
 _GROUP = re.compile(r'^\[\s*([\w-]+)(?:\s+"([^"]*)")?\s*\]$')
 _VALUE = re.compile(r'^\s*([\w.-]+)\s*=\s*"(.*)"\s*$')
 # The first key of these options on the command line has no name.
-_IMPLIED = {"device": "driver", "netdev": "type", "chardev": "backend", "object": "qom-type"}
+_IMPLIED = {"device": "driver", "netdev": "type", "chardev": "backend", "object": "qom-type", "vnc": "vnc"}
 
 
 def options(text: str, known: t.Container[str]) -> list[Option]:

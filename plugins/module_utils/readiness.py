@@ -29,6 +29,7 @@ class Observation:
     :ivar migration: the status of ``query-migrate``, None where there never was one.
     :ivar memory_backends: what ``query-memdev`` returned.
     :ivar block_jobs: the devices or ids of ``query-block-jobs``.
+    :ivar exports: the ids of ``query-block-exports``.
     :ivar aux_ram_share: the machine's property, None before QEMU 10.0, which lacks it.
     """
 
@@ -39,6 +40,7 @@ class Observation:
     aux_ram_share: bool | None
     offer: Offer
     block_jobs: t.Sequence[str] = ()
+    exports: t.Sequence[str] = ()
 
 
 def blockers(observation: Observation, mode: str) -> list[CprError]:
@@ -71,6 +73,15 @@ def blockers(observation: Observation, mode: str) -> list[CprError]:
                 f"The guest has a block job running ({', '.join(observation.block_jobs)}), which the new QEMU would"
                 " not have.",
                 "Wait for it to end, or cancel it.",
+            )
+        )
+    if observation.exports:
+        found.append(
+            CprError(
+                "block-export-running",
+                f"Other programs use the guest's disks through QEMU ({', '.join(observation.exports)}), and would be cut"
+                " off.",
+                "Let them end (a backup, say), or remove the exports (block-export-del, nbd-server-stop).",
             )
         )
     if observation.run_state not in ("running", "paused"):

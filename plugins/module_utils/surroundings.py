@@ -42,6 +42,7 @@ _MEMORY_POLICIES = {
     "default": 0, "prefer": 1, "bind": 2, "interleave": 3, "local": 4, "prefer (many)": 5, "weighted interleave": 6,
 }  # fmt: skip
 _MEMORY_POLICY_FLAGS = {"static": 1 << 15, "relative": 1 << 14, "balancing": 1 << 13}
+_NUMA_MAPS_PART = 64
 _SYS_SET_MEMPOLICY = {"x86_64": 238, "aarch64": 237}
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -179,12 +180,19 @@ def place_like(thread: int, other: int) -> None:
 
 def _memory_policy(pid: int) -> str:
     """A process's own NUMA policy, as the kernel prints it for memory that has none of its own (its heap)."""
+    text = ""
     try:
-        lines = process.read_file(pid, "numa_maps").splitlines()
+        # A line at a time: for each the kernel counts its pages, and those of the guest's RAM come after the heap.
+        with open(f"{process.PROC}/{pid}/numa_maps", "rb", buffering=0) as stream:
+            while " heap" not in text:
+                part = stream.read(_NUMA_MAPS_PART).decode()
+                if not part:
+                    return "default"
+                text = text.rpartition("\n")[2] + part
     except OSError:  # a kernel without NUMA
         return "default"
-    heaps = (line.partition(" heap") for line in lines)
-    return next((left.partition(" ")[2] for left, mark, dummy in heaps if mark), "default")
+    line = next(line for line in text.splitlines() if " heap" in line)
+    return line.partition(" heap")[0].partition(" ")[2]
 
 
 def parse_memory_policy(text: str) -> tuple[int, int]:

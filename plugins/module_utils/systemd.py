@@ -23,8 +23,6 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import commands, proce
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 
 _SOCKET = "/run/systemd/notify"
-_DROP_INS = "/run/systemd/system"
-_DROP_IN = "90-vmfleet-cpr.conf"
 _DROP_IN_TEXT = """\
 # Made by the Ansible collection vmfleet.cpr, which tells systemd when a live update gives this
 # service another main process. Goes with the next reboot of the host; safe to remove.
@@ -65,6 +63,9 @@ async def service_of(pid: int) -> dict[str, str] | None:
     if "/" in name:
         raise _refused(name, "it belongs to a user's own systemd, which can't watch a process that it did not start")
     unit = await _show(name)
+    if unit["NeedDaemonReload"] == "yes" and _has_drop_in(unit["Id"]):
+        # A run died, or failed, between our drop-in and the reload, which comes anyway.
+        unit.update(NeedDaemonReload="no", NotifyAccess="none")
     ancestors = list(process.ancestors(pid))
     if follows_another(unit, pid, ancestors):
         return None  # being in the control group is all
@@ -118,17 +119,30 @@ async def let_speak(names: t.Sequence[str]) -> None:
     :raises CprError: ``systemd-unit`` where systemd does not take it.
     """
     for name in names:
-        directory = os.path.join(_DROP_INS, f"{name}.d")
+        path = _drop_in(name)
         try:
-            os.makedirs(directory, exist_ok=True)
-            with open(os.path.join(directory, _DROP_IN), "w", encoding="ascii") as stream:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "w", encoding="ascii") as stream:
                 stream.write(_DROP_IN_TEXT)
         except OSError as error:
-            raise _refused(name, f"{directory} can't be written: {error.strerror}") from error
+            raise _refused(name, f"{path} can't be written: {error.strerror}") from error
     await commands.run("systemctl", "daemon-reload", timeout=60)
     for name in names:
-        if needs_drop_in(await _show(name)):
-            raise _refused(name, f"another drop-in keeps NotifyAccess=none over {_DROP_IN}")
+        unit = await _show(name)
+        if needs_drop_in(unit) or unit["LoadState"] != "loaded":
+            raise _refused(name, f"systemd did not take {_drop_in(name)}; does another drop-in say NotifyAccess=none?")
+
+
+def _drop_in(name: str) -> str:
+    return os.path.join("/run/systemd/system", f"{name}.d", "90-vmfleet-cpr.conf")
+
+
+def _has_drop_in(name: str) -> bool:
+    try:
+        with open(_drop_in(name), encoding="utf-8") as stream:
+            return stream.read() == _DROP_IN_TEXT
+    except OSError:
+        return False
 
 
 async def hand_over(name: str, old: int, new: int) -> None:

@@ -41,6 +41,8 @@ class Tap:
     :ivar queues: how many descriptors the guest has of it.
     :ivar persistent: whether it stays when no process has it open.
     :ivar owner: the user who may open it, where one was set.
+    :ivar addresses: MAC addresses that somebody has bound to it in the bridge, each with its VLAN;
+        they are the double's from the switch on.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Tap:
     persistent: bool
     owner: int | None = None
     group: int | None = None
+    addresses: t.Sequence[tuple[str, int | None]] = ()
 
 
 @dataclass(frozen=True)
@@ -105,9 +108,12 @@ def interfaces(options: t.Sequence[Option], open_taps: t.Mapping[int, str]) -> l
     return [name if name is not None else unnamed.pop(0) for name in found]
 
 
-def describe(link: t.Mapping[str, t.Any], queues: int, temporary: str) -> Tap:
+def describe(
+    link: t.Mapping[str, t.Any], addresses: t.Sequence[t.Mapping[str, t.Any]], queues: int, temporary: str
+) -> Tap:
     """A tap from what ``ip -json -details link`` says of it.
 
+    :param addresses: ``bridge -json fdb show dev``.
     :raises CprError: ``tap-unsupported`` for an interface of another kind, or outside of a bridge.
     """
     name = link["ifname"]
@@ -128,6 +134,11 @@ def describe(link: t.Mapping[str, t.Any], queues: int, temporary: str) -> Tap:
         persistent=bool(data.get("persist")),
         owner=_number(data.get("user")),
         group=_number(data.get("group")),
+        addresses=[
+            (item["mac"], item.get("vlan"))
+            for item in addresses
+            if item.get("state") in ("static", "permanent") and "master" in item and item["mac"] != link["address"]
+        ],
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import typing as t
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils.command_line import Option, Properties, read_properties
+from ansible_collections.vmfleet.cpr.plugins.module_utils.command_line import Option, read_properties, with_property
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 
 _NETWORK = re.compile(r"^(?:Hub|VLAN) -?\d+ \((?P<id>[^)]*)\):")
@@ -36,12 +36,24 @@ def forwards(text: str) -> list[tuple[str, str]]:
             rule = f"{protocol.lower()}:{'' if host == '*' else host}:{port}-{guest}:{guest_port}"
             found.append((network, rule))
         elif "HOST_FORWARD" in line:
-            raise CprError(
-                "unsupported-option",
-                f"The guest's user network forwards a port in a way that can't be handed over: {line.strip()}.",
-                "Remove that forwarding (hostfwd_remove), or leave this guest out of live_update_guests.",
-            )
+            raise _unsupported("its user network", f"the line {line.strip()!r} of `info usernet` is not understood")
     return found
+
+
+def has_networks(text: str) -> bool:
+    """Whether the guest has a user network.
+
+    :param text: what ``info usernet`` prints.
+    """
+    return any(map(_NETWORK.match, text.splitlines()))
+
+
+def _unsupported(what: str, why: str) -> CprError:
+    return CprError(
+        "unsupported-option",
+        f"The guest has a port forwarded to {what}, which can't be handed over: {why}.",
+        "Remove that forwarding (hostfwd_remove), or leave this guest out of live_update_guests.",
+    )
 
 
 def without_ports(options: t.Sequence[Option], text: str) -> tuple[list[Option], list[tuple[str, str]]]:
@@ -58,16 +70,17 @@ def without_ports(options: t.Sequence[Option], text: str) -> tuple[list[Option],
             identity = properties.get("id")
             # One without an id has a name that changes with every start; they come in order.
             name = identity or next((item for item in names if item.startswith("#")), None)
-            pairs = [pair for pair in properties.pairs if pair[0] != "hostfwd"]
+            if properties.get("hostfwd") is not None:
+                option = with_property(option, "hostfwd", None)
             if name in names:
                 names.remove(name)
             if identity is None and any(network == name for network, dummy in present):
                 identity = f"cpruser{len(result)}"
-                pairs.append(("id", identity))
+                option = with_property(option, "id", identity)
                 present = [(identity if network == name else network, rule) for network, rule in present]
-            if pairs != properties.pairs:
-                option = Option(option.flag, str(Properties(pairs)))
         result.append(option)
+    if any(network.startswith("#") for network, dummy in present):
+        raise _unsupported("its default network", "a network that no option names can't be given it")
     return result, present
 
 

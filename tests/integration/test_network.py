@@ -59,6 +59,27 @@ def fixture_bridge():
     ip("link", "delete", "dev", bridge.name)
 
 
+def test_an_address_that_is_bound_to_the_tap_is_bound_to_the_new_one(start, host, bridge):
+    """As against spoofing: the bridge learns nothing, and QEMU's announcement changes nothing."""
+    name = bridge.tap(f"cprx{os.getpid()}")
+    guest = start(
+        "bound", linux=True, address=f"{bridge.guest}/24",
+        network=["-netdev", f"tap,id=n,ifname={name},script=no,downscript=no", "-device", "virtio-net-pci,netdev=n"],
+    )  # fmt: skip
+    subprocess.run(["bridge", "link", "set", "dev", name, "learning", "off", "flood", "off"], check=True)
+    words = ["bridge", "fdb", "add", "52:54:00:12:34:56", "dev", name, "master", "static"]
+    subprocess.run(words, check=True)
+    wait_until(lambda: answers(bridge.guest), "the guest echoes")
+    with socket.create_connection((bridge.guest, 7), timeout=10) as connection:
+        host.until("resume", guest)
+        connection.sendall(b"still there\n")
+        assert connection.recv(100) == b"still there\n"
+    assert answers(bridge.guest)
+    shown = subprocess.run(["bridge", "fdb", "show", "dev", name], check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert f"52:54:00:12:34:56 master {bridge.name} static" in shown
+    guest.check_continuity()
+
+
 class Ping(threading.Thread):
     """Asks an address for an echo every 10 ms, and notes which answers came when."""
 

@@ -61,8 +61,21 @@ def changed(*path, value):
 
 
 def test_a_tap_is_described():
-    assert taps.describe(LINK, 2, "cpr7n0") == taps.Tap(
-        name="tap0", temporary="cpr7n0", queues=2, multi_queue=True, vnet_header=True, persistent=True, owner=1000
+    addresses = [
+        {"mac": "52:54:00:00:00:01", "ifname": "tap0", "vlan": 10, "flags": [], "master": "br0", "state": "static"},
+        {"mac": "52:54:00:00:00:02", "ifname": "tap0", "flags": [], "master": "br0", "state": ""},
+        {"mac": LINK["address"], "ifname": "tap0", "flags": [], "master": "br0", "state": "permanent"},
+        {"mac": "33:33:00:00:00:01", "ifname": "tap0", "flags": ["self"], "state": "permanent"},
+    ]
+    assert taps.describe(LINK, addresses, 2, "cpr7n0") == taps.Tap(
+        addresses=[("52:54:00:00:00:01", 10)],
+        name="tap0",
+        temporary="cpr7n0",
+        queues=2,
+        multi_queue=True,
+        vnet_header=True,
+        persistent=True,
+        owner=1000,
     )
 
 
@@ -128,7 +141,7 @@ def test_queue_disciplines(printed, words):
 )  # fmt: skip
 def test_a_tap_that_cant_be_doubled_is_refused(link, reason):
     with pytest.raises(CprError, match=reason) as caught:
-        taps.describe(link, 1, "x")
+        taps.describe(link, [], 1, "x")
     assert caught.value.code == "tap-unsupported"
 
 

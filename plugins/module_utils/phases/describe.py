@@ -60,10 +60,10 @@ async def describe(monitor: Monitor, qemu: QemuProcess, machine_type: str) -> De
     backends = list(filter(taps.is_tap, options))
     for number, (name, option) in enumerate(zip(taps.interfaces(options, network.open_taps(pid)), backends)):
         link, dummy = await network.inspect(pid, name)
-        doubles.append(taps.describe(link, taps.queues(option), f"cpr{pid}n{number}"))
-    user_networks = ""
-    if any(map(user_network.is_user_network, options)):
-        user_networks = await monitor.human("info usernet")
+        addresses = await network.addresses(pid, name)
+        doubles.append(taps.describe(link, addresses, taps.queues(option), f"cpr{pid}n{number}"))
+    user_networks = await monitor.human("info usernet")
+    if user_network.has_networks(user_networks):
         notes.append(_LOST)
     running = new_command_line.Running(
         machine_type=machine_type,
@@ -173,7 +173,7 @@ async def _device(monitor: Monitor, path: str, in_full: bool) -> hotplug.Device:
         parent_bus=(await get("parent_bus") or None) if "parent_bus" in listed else None,
         hotplugged=hotplugged,
         properties=properties,
-        place={key: await get(key) for key in hotplug.PLACE_KEYS if key in listed},
+        seen={key: await get(key) for key in hotplug.SEEN_KEYS if key in listed},
     )
 
 

@@ -9,11 +9,11 @@ Private to the collection.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import time
 import typing as t
-from dataclasses import dataclass
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     command_line,
@@ -39,7 +39,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, T
 _POLL = 0.005
 
 
-@dataclass
+@dataclasses.dataclass
 class Plan:
     """A launch that nothing stands in the way of.
 
@@ -253,7 +253,9 @@ async def launch(plan: Plan, *, timeout: float) -> None:
     update = plan.update
     started = time.monotonic()
     old, new = failures.both(update)
-    around = surroundings.read(old.pid)
+    around = dataclasses.replace(
+        surroundings.read(old.pid), working_directory=plan.inspection.process.working_directory
+    )
     _make_channels(update, around)
     owner = around.user
     if new_command_line.changes_user(plan.command.arguments):

@@ -85,6 +85,14 @@ async def inspect(qemu: QemuProcess, offers: Offers) -> Inspection:
             # What can't be handed over is found out by trying.
             new_command_line.make(description.options, description.running, cpr_socket="/")
             inspection.description = description
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        inspection.blockers.append(
+            CprError(
+                "device-unreadable",
+                f"QEMU describes the guest in a way that is not understood ({type(error).__name__}: {error}).",
+                "Leave this guest out of live_update_guests, and report this.",
+            )
+        )
     except CprError as error:
         # What can't be read of the command line was said already.
         if str(error) not in map(str, inspection.blockers):
@@ -138,5 +146,6 @@ async def observe(monitor: Monitor, qemu: QemuProcess, offers: Offers) -> readin
         memory_backends=await monitor.execute("query-memdev"),
         aux_ram_share=aux_ram_share,
         block_jobs=[job["device"] for job in await monitor.execute("query-block-jobs")],
+        exports=[export["id"] for export in await monitor.execute("query-block-exports")],
         offer=await offers.of(qemu.executable_id, monitor),
     )

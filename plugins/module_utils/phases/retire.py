@@ -56,14 +56,17 @@ async def _retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor
             f"After the switch the guest's run state is {status}.",
             f"The old QEMU (process {old.pid}) was left stopped and must not be continued. Look at the guest.",
         )
-    _copy_permissions(update)
-    problems = []
+    problems = _copy_permissions(update)
+    problems += await network.take_addresses(new.pid, update.taps)
     if update.unit:
         problems += await _hand_unit_over(update, update.unit, old_watch)
     if not old_watch.ended.is_set():
         with contextlib.suppress(CprError):  # it may exit before it answers
-            old_monitor = old_monitor or await reach.old_qemu(update, old_watch)
-            await old_monitor.execute("quit")
+            if old_monitor:
+                await old_monitor.execute("quit")
+            else:
+                async with await reach.old_qemu(update, old_watch) as monitor_of_old:
+                    await monitor_of_old.execute("quit")
         if not await old_watch.wait(QUIT_TIMEOUT):
             await old_watch.kill()
     _restore_paths(update)
@@ -90,16 +93,24 @@ def _message(update: journal.Update) -> str:
     return f"The guest went from QEMU {old.version} to {new.version}{pause}."
 
 
-def _copy_permissions(update: journal.Update) -> None:
+def _copy_permissions(update: journal.Update) -> list[str]:
     """Give the new sockets and pid file the old ones' owner and mode, while those are there.
 
     Whoever started the guest may have let others in.
+
+    :returns: what did not work, as sentences.
     """
+    problems = []
     for temporary, stable in update.renames:
-        with contextlib.suppress(FileNotFoundError):
+        try:
             status = os.stat(stable)
             os.chown(temporary, status.st_uid, status.st_gid)
             os.chmod(temporary, stat.S_IMODE(status.st_mode))
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            problems.append(f"{stable} could not be given its owner and mode: {error.strerror}.")
+    return problems
 
 
 def _restore_paths(update: journal.Update) -> None:
