@@ -267,6 +267,20 @@ def test_a_disk_whose_file_was_replaced_is_refused(start, host):
     assert len(guest.pids()) == 1
 
 
+def test_a_daemon_with_relative_paths(start, host, rebuilt_qemu, tmp_path):
+    """QEMU goes to / when it becomes a daemon; its command line still counts from where it was started."""
+    directory = tmp_path / "daemon"
+    directory.mkdir()
+    (directory / "more.img").write_bytes(bytes(1 << 20))
+    guest = start(
+        "daemon", accelerator="tcg", surroundings={"env": {**os.environ, "PWD": str(directory)}},
+        more=["-daemonize", "-pidfile", "guest.pid", "-blockdev", "driver=file,node-name=more,filename=more.img",
+              "-device", "virtio-blk-pci,drive=more"],
+    )  # fmt: skip
+    for dummy in updated_twice(host, guest, rebuilt_qemu):
+        assert int((directory / "guest.pid").read_text()) == guest.pid()
+
+
 def test_processors_and_scheduling(start, host, rebuilt_qemu):
     if os.cpu_count() < 2:
         pytest.skip("this machine has one processor only, so nothing can be pinned")

@@ -153,6 +153,35 @@ def test_a_medium_that_was_changed_is_the_one_that_is_there(start, host, tmp_pat
     guest.check_continuity()
 
 
+def test_drives_that_were_added_by_the_human_monitor(start, host, tmp_path):
+    medium = image(tmp_path / "medium")
+    guest = start("old school", more=["-device", "virtio-scsi-pci,id=scsi"])
+    with guest.qmp() as monitor:
+        for line in (
+            f"drive_add 0 if=none,id=disk1,file={medium},format=raw", "drive_add 0 if=none,id=cd1,media=cdrom",
+            "device_add scsi-hd,id=hd1,drive=disk1,bus=scsi.0", "device_add scsi-cd,id=cd,drive=cd1,bus=scsi.0",
+        ):  # fmt: skip
+            monitor.execute("human-monitor-command", **{"command-line": line})
+    before = disks(guest)
+    assert str(medium) in before.values()
+    host.until("resume", guest)
+    assert disks(guest) == before
+    guest.check_continuity()
+
+
+def test_a_disk_that_others_use_through_qemu_is_refused(start, host, tmp_path):
+    guest = start("exported")
+    with guest.qmp() as monitor:
+        address = {"type": "unix", "data": {"path": str(tmp_path / "nbd")}}
+        monitor.execute("nbd-server-start", addr=address)
+        node = monitor.execute("query-block")[0]["inserted"]["node-name"]
+        monitor.execute("block-export-add", type="nbd", id="backup", **{"node-name": node})
+    (outcome,) = host.launch(guest)
+    assert outcome.error.code == "block-export-running"
+    assert "backup" in outcome.error.message
+    assert len(guest.pids()) == 1
+
+
 def test_what_qemu_does_not_tell_is_refused_before_anything_is_started(start, host):
     guest = start("odd", more=["-device", "virtio-serial-pci"])
     with guest.qmp() as monitor:
@@ -176,6 +205,10 @@ UNTOUCHED = {
     "usb": "-nodefaults -m 64 -device qemu-xhci,id=x -device usb-tablet -device usb-kbd,id=k -drive file={dir}/a,if=none,id=stick,format=raw -device usb-storage,drive=stick",
     "json": """-nodefaults -m 64 -blockdev {{"driver":"raw","node-name":"n0","file":{{"driver":"file","filename":"{dir}/a"}}}}"""
     """ -device {{"driver":"virtio-blk-pci","drive":"n0","id":"d"}} -netdev {{"type":"user","id":"u0"}} -device {{"driver":"e1000","netdev":"u0"}}""",
+    "both syntaxes": """-nodefaults -m 64 -blockdev {{"driver":"file","node-name":"a","filename":"{dir}/a"}}"""
+    """ -drive file={dir}/b,if=none,id=b,format=raw -device {{"driver":"virtio-blk-pci","drive":"a"}} -device virtio-blk-pci,drive=b""",
+    "a hub": "-nodefaults -m 64 -netdev user,id=n1 -netdev hubport,id=h0,hubid=0,netdev=n1 -netdev hubport,id=h1,hubid=0"
+    " -device virtio-net-pci,netdev=h1",
     "objects": "-nodefaults -m 64 -smp 2 -object iothread,id=io0 -object memory-backend-ram,id=m0,size=32M -object memory-backend-ram,id=m1,size=32M"
     " -numa node,nodeid=0,memdev=m0,cpus=0 -numa node,nodeid=1,memdev=m1,cpus=1 -object rng-random,id=r,filename=/dev/urandom -device virtio-rng-pci,rng=r"
     " -device virtio-serial -chardev null,id=c0 -device virtserialport,chardev=c0,name=a -drive file={dir}/a,if=none,id=d0,format=raw -device virtio-blk-pci,drive=d0,iothread=io0",

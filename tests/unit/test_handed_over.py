@@ -89,7 +89,14 @@ def test_sets_of_descriptors_are_opened_anew():
 def test_standard_input_and_output_go_along():
     dummy, command = make("-nographic")
     assert command.descriptors == [Descriptor(0, of_old=0), Descriptor(1, of_old=1)]
-    assert not character_devices.uses_standard_streams(command_line.parse(["-serial", "null"]))
+    for words in (
+        ["-serial", "null"],
+        ["-nographic", "-nodefaults"],
+        ["-nographic", "-serial", "null", "-qmp", "unix:/q"],
+    ):
+        assert not character_devices.uses_standard_streams(command_line.parse(words))
+    for words in (["-nographic", "-monitor", "none"], ["-nographic", "-serial", "null"], ["-monitor", "stdio"]):
+        assert character_devices.uses_standard_streams(command_line.parse(words))
 
 
 def display(*servers, auth="none"):
