@@ -201,8 +201,10 @@ UNTOUCHED = {
     "drives and devices": "-nodefaults -m 64 -drive file={dir}/a,if=none,id=d0,format=raw -device virtio-blk-pci,drive=d0"
     " -drive if=none,id=cd0,media=cdrom -device ide-cd,drive=cd0,id=cd -device virtio-balloon -device virtio-rng-pci",
     "scsi": "-nodefaults -m 64 -device virtio-scsi-pci,id=scsi0 -drive file={dir}/a,if=none,id=d0,format=raw"
-    " -device scsi-hd,drive=d0,bus=scsi0.0,channel=0,scsi-id=0,lun=0 -device scsi-cd -drive file={dir}/b,if=none,id=d1,format=raw -device scsi-hd,drive=d1",
-    "usb": "-nodefaults -m 64 -device qemu-xhci,id=x -device usb-tablet -device usb-kbd,id=k -drive file={dir}/a,if=none,id=stick,format=raw -device usb-storage,drive=stick",
+    " -device scsi-hd,drive=d0,bus=scsi0.0,channel=0,scsi-id=0,lun=0 -device scsi-cd"
+    " -drive file={dir}/b,if=none,id=d1,format=raw -device scsi-hd,drive=d1",
+    "usb": "-nodefaults -m 64 -device qemu-xhci,id=x -device usb-tablet -device usb-kbd,id=k"
+    " -drive file={dir}/a,if=none,id=stick,format=raw -device usb-storage,drive=stick",
     "json": """-nodefaults -m 64 -blockdev {{"driver":"raw","node-name":"n0","file":{{"driver":"file","filename":"{dir}/a"}}}}"""
     """ -device {{"driver":"virtio-blk-pci","drive":"n0","id":"d"}} -netdev {{"type":"user","id":"u0"}} -device {{"driver":"e1000","netdev":"u0"}}""",
     "both syntaxes": """-nodefaults -m 64 -blockdev {{"driver":"file","node-name":"a","filename":"{dir}/a"}}"""
@@ -211,7 +213,8 @@ UNTOUCHED = {
     " -device virtio-net-pci,netdev=h1",
     "objects": "-nodefaults -m 64 -smp 2 -object iothread,id=io0 -object memory-backend-ram,id=m0,size=32M -object memory-backend-ram,id=m1,size=32M"
     " -numa node,nodeid=0,memdev=m0,cpus=0 -numa node,nodeid=1,memdev=m1,cpus=1 -object rng-random,id=r,filename=/dev/urandom -device virtio-rng-pci,rng=r"
-    " -device virtio-serial -chardev null,id=c0 -device virtserialport,chardev=c0,name=a -drive file={dir}/a,if=none,id=d0,format=raw -device virtio-blk-pci,drive=d0,iothread=io0",
+    " -device virtio-serial -chardev null,id=c0 -device virtserialport,chardev=c0,name=a"
+    " -drive file={dir}/a,if=none,id=d0,format=raw -device virtio-blk-pci,drive=d0,iothread=io0",
     "bridges": "-nodefaults -M q35 -m 64 -device pcie-root-port,id=rp0,chassis=1 -device virtio-net-pci,bus=rp0,netdev=n0,romfile= -netdev user,id=n0"
     " -device pcie-pci-bridge,id=b0 -device e1000,bus=b0,addr=3,netdev=n1 -netdev user,id=n1 -device pxb-pcie,bus_nr=8,id=pxb",
     "firmware and sound": "-M pc -m 64 -audiodev none,id=snd -device intel-hda -device hda-duplex,audiodev=snd -serial none -parallel none -monitor none -rtc base=utc",
