@@ -217,7 +217,8 @@ UNTOUCHED = {
     " -drive file={dir}/a,if=none,id=d0,format=raw -device virtio-blk-pci,drive=d0,iothread=io0",
     "bridges": "-nodefaults -M q35 -m 64 -device pcie-root-port,id=rp0,chassis=1 -device virtio-net-pci,bus=rp0,netdev=n0,romfile= -netdev user,id=n0"
     " -device pcie-pci-bridge,id=b0 -device e1000,bus=b0,addr=3,netdev=n1 -netdev user,id=n1 -device pxb-pcie,bus_nr=8,id=pxb",
-    "firmware and sound": "-M pc -m 64 -audiodev none,id=snd -device intel-hda -device hda-duplex,audiodev=snd -serial none -parallel none -monitor none -rtc base=utc",
+    "firmware and sound": "-M pc -m 64 -audiodev none,id=snd -device intel-hda -device hda-duplex,audiodev=snd"
+    " -serial none -parallel none -monitor none -rtc base=utc",
 }  # fmt: skip
 
 
