@@ -158,7 +158,7 @@ def can_open(path: str, flags: int, around: Surroundings, root: str = "/") -> bo
         try:
             if os.geteuid() == 0:
                 around.become_user()
-            os.open(path.lstrip("/"), flags, dir_fd=directory)
+            os.open(path.lstrip("/"), flags | os.O_NONBLOCK, dir_fd=directory)
             os._exit(0)
         finally:
             os._exit(1)

@@ -150,15 +150,16 @@ async def hand_over(name: str, old: int, new: int) -> None:
 
     :raises CprError: ``unit-not-handed-over`` if systemd does not take it.
     """
-    if (await _show(name))["MainPID"] != str(new):
-        try:
-            _tell(f"MAINPID={new}", old)
-        except OSError as error:
-            raise _not_handed_over(name, new, str(error)) from error
-        # systemd answers the barrier whether it took the process or not.
+    try:
         present = (await _show(name))["MainPID"]
         if present != str(new):
-            raise _not_handed_over(name, new, f"its main process still is {present}")
+            _tell(f"MAINPID={new}", old)
+            # systemd answers whether it took the process or not.
+            present = (await _show(name))["MainPID"]
+    except (OSError, CprError) as error:
+        raise _not_handed_over(name, new, str(error)) from error
+    if present != str(new):
+        raise _not_handed_over(name, new, f"its main process still is {present}")
 
 
 def _tell(message: str, sender: int) -> None:

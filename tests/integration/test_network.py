@@ -80,6 +80,32 @@ def test_an_address_that_is_bound_to_the_tap_is_bound_to_the_new_one(start, host
     guest.check_continuity()
 
 
+def test_several_cards_keep_their_interfaces(start, host, bridge, rebuilt_qemu):
+    """One that was made beforehand, and stays without a QEMU, and one that goes with its QEMU."""
+    first = bridge.tap(f"cprx{os.getpid()}")
+    words = ["-netdev", f"tap,id=a,ifname={first},script=no,downscript=no", "-device", "e1000,netdev=a"]
+    words += [
+        "-netdev",
+        f"tap,id=b,ifname=cpry{os.getpid()},script=no,downscript=no",
+        "-device",
+        "virtio-net-pci,netdev=b",
+    ]
+    guest = start("connected", more=words)
+    ip("link", "set", f"cpry{os.getpid()}", "master", bridge.name, "mtu", "1400", "up")
+
+    def ports():
+        """Of each port what belongs to it."""
+        found = json.loads(ip("-json", "-details", "link", "show", "master", bridge.name))
+        return {item["ifname"]: (item["mtu"], item["address"], item["linkinfo"]["info_data"]) for item in found}
+
+    before = ports()
+    assert len(before) == 2
+    for binary in (qemu(NEW_SUITE), rebuilt_qemu):
+        host.until("resume", guest, qemu_binary=binary)
+        assert ports() == before
+    guest.check_continuity()
+
+
 class Ping(threading.Thread):
     """Asks an address for an echo every 10 ms, and notes which answers came when."""
 

@@ -87,7 +87,7 @@ def _check_images(qemu: QemuProcess, nodes: t.Iterable[t.Mapping[str, t.Any]]) -
     around, root = surroundings.read(pid), f"{process.PROC}/{pid}/root"
     for node in nodes:
         name = node["image"]["filename"]
-        if node["drv"] not in ("file", "host_device", "host_cdrom") or name.startswith("/dev/fdset/"):
+        if node["drv"] not in ("file", "host_device", "host_cdrom") or name.startswith(("/dev/fdset/", "json:")):
             continue
         path = qemu.path(name)
         if process.file_id(f"{root}{path}") not in is_open:
