@@ -1,0 +1,57 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""How the switch waits, on stand-ins for both QEMUs whose events come at chosen instants.
+
+What QEMU itself does is in tests/integration/test_switch.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+import types
+
+import pytest
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import switch
+
+STOP = {"event": "STOP"}
+COMPLETED = {"event": "MIGRATION", "data": {"status": "completed"}}
+PAUSE_LIMIT = 1.0
+
+
+class StandIn:
+    """A monitor that tells these events, each so many turns of the event loop after the one before."""
+
+    def __init__(self, *events):
+        self._events = list(events)
+
+    async def next_event(self, dummy):
+        turns, event = self._events.pop(0)
+        for dummy in range(turns):
+            await asyncio.sleep(0)
+        return event
+
+
+def until_completed(old, new):
+    """Wait for two such QEMUs; how long that took in seconds."""
+
+    async def waiting():
+        living = types.SimpleNamespace(ended=asyncio.Event())
+        ends = switch.Ends(old, new, living, living)
+        started = time.monotonic()
+        await switch._until_completed(None, ends, None, None, switch._Progress(), 5.0, PAUSE_LIMIT)
+        return time.monotonic() - started
+
+    return asyncio.run(waiting())
+
+
+@pytest.mark.parametrize("turns", list(itertools.product(range(3), repeat=3)), ids=str)
+def test_nothing_is_waited_for_once_both_ends_have_completed(turns):
+    """However close together the events are: a guest stood still for the whole limit where they fell into one turn."""
+    until_stop, until_old_is_through, until_new_is_through = turns
+    old = StandIn((until_stop, STOP), (until_old_is_through, COMPLETED))
+    new = StandIn((until_new_is_through, COMPLETED))
+    assert until_completed(old, new) < PAUSE_LIMIT / 2
