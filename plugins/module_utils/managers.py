@@ -13,27 +13,30 @@ import typing as t
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 
-# What stands in the command line, or in the cgroup, of every guest of a manager.
+# What stands in the command line of every guest of a manager.
 _MARKS = {
-    "libvirt": ("/var/lib/libvirt/qemu/", "/run/libvirt/", "/machine-qemu"),
-    "Proxmox VE": ("/var/run/qemu-server/", "/run/qemu-server/", "/qemu.slice/"),
+    "libvirt": ("/var/lib/libvirt/qemu/", "/run/libvirt/"),
+    "Proxmox VE": ("/var/run/qemu-server/", "/run/qemu-server/"),
     "Incus": ("/run/incus/", "/var/log/incus/"),
     "LXD": ("/var/snap/lxd/common/lxd/logs/", "/var/log/lxd/", "/run/lxd/"),
-    "Ganeti": ("/run/ganeti/", "/var/run/ganeti/", "ganeti-hypervisor"),
-    "Multipass": ("/multipass/", "multipassd"),
+    "Ganeti": ("/run/ganeti/", "ganeti-hypervisor"),
+    "Multipass": ("/multipassd/",),
     "Podman machine": ("/podman/machine/", "/containers/podman/"),
-    "Kata Containers": ("/run/vc/", "kata-containers"),
+    "Kata Containers": ("/run/vc/vm/", "kata-containers"),
 }
+# systemd-machined's name for a guest of libvirt.
+_LIBVIRT_SCOPE = "/machine-qemu\\x2d"
 
 
-def manager_of(words: t.Iterable[str], cgroup: str) -> str | None:
+def manager_of(words: t.Sequence[str], cgroup: str) -> str | None:
     """Who manages the guest with this command line, or None.
 
     :param cgroup: its process's ``/proc/PID/cgroup``.
     """
-    texts = [*words, cgroup]
+    if _LIBVIRT_SCOPE in cgroup:
+        return "libvirt"
     for manager, marks in _MARKS.items():
-        if any(mark in text for mark in marks for text in texts):
+        if any(mark in word for mark in marks for word in words):
             return manager
     return None
 
