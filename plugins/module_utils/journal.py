@@ -254,9 +254,9 @@ class Journal:
             for key in ("old", "new"):
                 data[key] = Qemu(**data[key]) if data[key] else None
             data["renames"] = [tuple(pair) for pair in data["renames"]]
-            data["forwards"] = [tuple(pair) for pair in data["forwards"]]
+            data["forwards"] = [tuple(pair) for pair in data.get("forwards", [])]
             data["taps"] = [
-                Tap(**{**tap, "addresses": [tuple(pair) for pair in tap["addresses"]]}) for tap in data["taps"]
+                Tap(**{**tap, "addresses": [tuple(pair) for pair in tap["addresses"]]}) for tap in data.get("taps", [])
             ]
             return Update(**{**data, "directory": directory})
         except (FileNotFoundError, NotADirectoryError):

@@ -19,6 +19,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import launcher, proce
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.journal import FINISHED, Journal, Qemu
 from ansible_collections.vmfleet.cpr.plugins.module_utils.quiet import Quiet
+from ansible_collections.vmfleet.cpr.plugins.module_utils.taps import Tap
 
 
 def test_a_record_reads_back_as_it_was_written(tmp_path):
@@ -26,6 +27,8 @@ def test_a_record_reads_back_as_it_was_written(tmp_path):
     update = records.create("web1")
     update.old = Qemu(1, 2, "/old", "10.0.2", "/a.qmp")
     update.renames = [("/a.qmp.cpr1", "/a.qmp")]
+    update.taps = [Tap("tap0", "cpr7n0", 1, False, True, False, addresses=[("52:54:00:00:00:01", None)])]
+    update.forwards = [("n0", "tcp::2222-:22")]
     update.enter(FINISHED)
     assert records.load("web1") == update
     assert os.stat(update.record).st_mode & 0o777 == 0o600
