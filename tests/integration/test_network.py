@@ -74,7 +74,7 @@ def test_an_address_that_is_bound_to_the_tap_is_bound_to_the_new_one(start, host
         host.until("resume", guest)
         connection.sendall(b"still there\n")
         assert connection.recv(100) == b"still there\n"
-    assert answers(bridge.guest)
+    wait_until(lambda: answers(bridge.guest), "the guest echoes again")
     shown = subprocess.run(["bridge", "fdb", "show", "dev", name], check=True, stdout=subprocess.PIPE, text=True).stdout
     assert f"52:54:00:12:34:56 master {bridge.name} static" in shown
     guest.check_continuity()
