@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import signal
 import types
 import typing as t
@@ -72,17 +73,26 @@ class Prepared:
         # Nobody else can reap it, so it is there.
         self.identity = process.identify(self._pid) or process.Identity(self._pid, 0)
 
-    def start(self) -> None:
+    def start(self, timeout: float) -> None:
         """Let it become the QEMU, which outlives this task.
 
         From then on it is told by pid and start time, and its end is noticed by a pidfd: once
         this task has ended it is nobody's child.
 
-        :raises CprError: ``launch-failed`` if it can't be started at all.
+        :param timeout: seconds until it must have.
+        :raises CprError: ``launch-failed`` if it can't be started at all; ``new-qemu-silent``.
         """
         os.write(self._go, b"1")
-        with open(os.dup(self._failure), encoding="utf-8", errors="replace") as stream:
-            failure = stream.read()  # ends when exec closes the other side
+        waiting = select.poll()
+        waiting.register(self._failure, select.POLLIN)
+        if not waiting.poll(timeout * 1000):
+            raise CprError(
+                "new-qemu-silent",
+                f"The process that was to become the new QEMU did not within {timeout:g} s.",
+                "Was it stopped by a signal, or does the host's storage hang? See that, and run again.",
+            )
+        # Its end comes when exec closes the other side; what is written is short and comes at once.
+        failure = os.read(self._failure, 4096).decode(errors="replace")
         if failure:
             raise CprError(
                 "launch-failed",
@@ -97,6 +107,7 @@ class Prepared:
         os.close(self._go)
         os.close(self._failure)
         if kind is not None:
+            os.kill(self._pid, signal.SIGKILL)  # it may be stopped; until it is waited for the pid is its own
             os.waitpid(self._pid, 0)
 
 

@@ -67,7 +67,7 @@ def test_an_address_that_is_bound_to_the_tap_is_bound_to_the_new_one(start, host
         network=["-netdev", f"tap,id=n,ifname={name},script=no,downscript=no", "-device", "virtio-net-pci,netdev=n"],
     )  # fmt: skip
     subprocess.run(["bridge", "link", "set", "dev", name, "learning", "off", "flood", "off"], check=True)
-    words = ["bridge", "fdb", "add", "52:54:00:12:34:56", "dev", name, "master", "static"]
+    words = ["bridge", "fdb", "replace", "52:54:00:12:34:56", "dev", name, "master", "static"]
     subprocess.run(words, check=True)
     wait_until(lambda: answers(bridge.guest), "the guest echoes")
     with socket.create_connection((bridge.guest, 7), timeout=10) as connection:

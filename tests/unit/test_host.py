@@ -132,7 +132,7 @@ def test_a_started_program_gets_nothing_of_the_task_but_the_surroundings_given(t
     )
     with launcher.Prepared("/bin/sleep", ["60"], around, str(tmp_path / "log")) as child:
         identity = child.identity
-        child.start()
+        child.start(10)
     try:
         assert process.identify(identity.pid) == identity  # known before it became another program
         base = pathlib.Path(f"/proc/{identity.pid}")
@@ -156,8 +156,18 @@ def test_a_program_that_cant_be_started_says_why(tmp_path, binary, limits):
     around = dataclasses.replace(surroundings.read(os.getpid()), limits=limits)
     with pytest.raises(CprError, match=binary) as caught:
         with launcher.Prepared(binary, [], around, str(tmp_path / "log")) as child:
-            child.start()
+            child.start(10)
     assert caught.value.code == "launch-failed"
+
+
+def test_a_program_that_does_not_come_to_start_is_ended(tmp_path):
+    around = surroundings.read(os.getpid())
+    with pytest.raises(CprError) as caught:
+        with launcher.Prepared("/bin/sleep", ["60"], around, str(tmp_path / "log")) as child:
+            os.kill(child.identity.pid, signal.SIGSTOP)
+            child.start(0.2)
+    assert caught.value.code == "new-qemu-silent"
+    assert not child.identity.is_alive()
 
 
 def test_a_program_that_nobody_started_ends_with_whoever_prepared_it(tmp_path):

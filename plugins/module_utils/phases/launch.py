@@ -267,7 +267,7 @@ async def launch(plan: Plan, *, timeout: float) -> None:
             with launcher.Prepared(plan.binary.path, plan.arguments, around, update.log, held) as child:
                 new.pid, new.start_time = child.identity.pid, child.identity.start_time
                 update.enter(journal.LAUNCHING)
-                child.start()
+                child.start(timeout)
         with process.Watch(child.identity) as watch:
             try:
                 await _wait_until_listening(update, watch, timeout)
