@@ -48,7 +48,7 @@ async def transfer(update: journal.Update, *, timeout: float) -> Outcome:
             raise failures.new_qemu_exited(update)
         async with await reach.old_qemu(update, old_watch) as monitor:
             await _prepare_old(monitor, update)
-            await _migrate(monitor, update)
+            await _migrate(monitor, update, new_watch)
             await _wait_for_new_monitor(monitor, update, old_watch, new_watch, timeout)
     update.took("transfer", started)
     update.enter(journal.TRANSFERRED)
@@ -83,7 +83,7 @@ def _blocked(why: str) -> CprError:
     )
 
 
-async def _migrate(monitor: Monitor, update: journal.Update) -> None:
+async def _migrate(monitor: Monitor, update: journal.Update, new_watch: Watch) -> None:
     def channel(kind: str, path: str) -> dict[str, object]:
         return {"channel-type": kind, "addr": {"transport": "socket", "type": "unix", "path": path}}
 
@@ -91,9 +91,12 @@ async def _migrate(monitor: Monitor, update: journal.Update) -> None:
     try:
         await monitor.execute("migrate", {"channels": channels})
     except CprError as error:
-        if error.code == "qmp-error":  # a device that can't be migrated is no blocked-reason
-            raise _blocked(str(error.qemu_description)) from error
-        raise
+        if error.code != "qmp-error":
+            raise
+        if await new_watch.wait(reach.LAST_BREATH):
+            raise failures.new_qemu_exited(update) from error
+        # A device that can't be migrated is no blocked-reason.
+        raise _blocked(str(error.qemu_description)) from error
 
 
 async def _wait_for_new_monitor(
