@@ -13,7 +13,7 @@ import json
 import pathlib
 import subprocess
 
-from qemu.qmp import EventListener, QMPClient
+from qemu.qmp import ConnectError, EventListener, QMPClient
 
 from tests.guests.guest import Guest
 
@@ -26,7 +26,12 @@ async def _connect(path: pathlib.Path) -> QMPClient:
     while not path.exists():
         await asyncio.sleep(0.005)
     client = QMPClient()
-    await client.connect(str(path))
+    while True:
+        try:
+            await client.connect(str(path))
+            break
+        except ConnectError:  # bound, and not listening yet
+            await asyncio.sleep(0.001)
     capabilities = [{"capability": name, "state": True} for name in ("events", "return-path")]
     await client.execute("migrate-set-capabilities", {"capabilities": capabilities})
     return client
