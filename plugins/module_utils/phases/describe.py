@@ -85,6 +85,7 @@ def _check_images(qemu: QemuProcess, nodes: t.Iterable[t.Mapping[str, t.Any]]) -
     pid = qemu.identity.pid
     is_open = {process.file_id(f"{process.PROC}/{pid}/fd/{number}") for number in process.descriptors(pid)}
     around, root = surroundings.read(pid), f"{process.PROC}/{pid}/root"
+    changes_user = new_command_line.changes_user(qemu.options)
     for node in nodes:
         name = node["image"]["filename"]
         if node["drv"] not in ("file", "host_device", "host_cdrom") or name.startswith(("/dev/fdset/", "json:")):
@@ -97,7 +98,9 @@ def _check_images(qemu: QemuProcess, nodes: t.Iterable[t.Mapping[str, t.Any]]) -
                 " renamed or removed.",
                 "Put the file back to its place. `ls -l /proc/PID/fd` shows what the QEMU has open.",
             )
-        if not surroundings.can_open(path, os.O_RDONLY if node["ro"] else os.O_RDWR, around, root):
+        # Any other user's new QEMU shows it by itself when it starts, which costs the guest nothing.
+        flags = os.O_RDONLY if node["ro"] else os.O_RDWR
+        if changes_user and not surroundings.can_open(path, flags, around, root):
             raise CprError(
                 "image-not-accessible",
                 f"The guest's disk {path} can't be opened by the user that its QEMU has become (uid {around.user}).",
