@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import typing as t
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import process
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
@@ -22,15 +23,48 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary, O
 START_TIMEOUT = 20.0
 
 
-async def ask(monitor: Monitor) -> Offer:
-    """What the QEMU behind this monitor offers, from its QMP schema and never by version.
+async def _identity(monitor: Monitor) -> tuple[tuple[int, int, int], str]:
+    """Version and architecture."""
+    version = (await monitor.execute("query-version"))["qemu"]
+    return (version["major"], version["minor"], version["micro"]), (await monitor.execute("query-target"))["arch"]
 
+
+async def ask_running(monitor: Monitor, modes: t.Iterable[str]) -> tuple[Offer, dict[str, list[str]]]:
+    """What the QEMU of a running guest offers, and why it would refuse each mode that it has.
+
+    Its schema would tell too, and the guest would pay for it: QEMU holds its global lock while
+    it writes one, 50 to 90 ms in which no device of the guest answers (10.0, 11.1). So a mode
+    is set, which a QEMU that lacks it refuses, and then put back; only with a mode set does
+    ``query-migrate`` know its ``blocked-reasons``.
+
+    :param modes: those to try; none while a migration is under way.
+    :returns: the offer, and for each mode that it has QEMU's reasons.
     :raises CprError: as `Monitor.execute`.
     """
-    version = (await monitor.execute("query-version"))["qemu"]
-    target = await monitor.execute("query-target")
-    schema = await monitor.execute("query-qmp-schema")
-    return read_schema((version["major"], version["minor"], version["micro"]), target["arch"], schema)
+    version, architecture = await _identity(monitor)
+    capabilities = await monitor.execute("query-migrate-capabilities")
+    parameters = await monitor.execute("query-migrate-parameters")
+    reasons: dict[str, list[str]] = {}
+    if "mode" in parameters:  # since QEMU 8.2
+        try:
+            for mode in modes:
+                try:
+                    await monitor.execute("migrate-set-parameters", {"mode": mode})
+                except CprError as error:
+                    if error.code != "qmp-error":
+                        raise
+                    continue
+                reasons[mode] = (await monitor.execute("query-migrate")).get("blocked-reasons", [])
+        finally:
+            await monitor.execute("migrate-set-parameters", {"mode": parameters["mode"]})
+    offer = Offer(
+        version=version,
+        architecture=architecture,
+        modes=frozenset(reasons),
+        capabilities=frozenset(item["capability"] for item in capabilities),
+        parameters=frozenset(parameters),
+    )
+    return offer, reasons
 
 
 async def probe(path: str) -> Binary:
@@ -90,26 +124,9 @@ async def _ask_child(path: str, child: asyncio.subprocess.Process, connection: s
             "Give the path of a qemu-system binary; `BINARY -version` shows whether it starts at all.",
         ) from None
     async with monitor:
-        offer = await ask(monitor)
+        version, architecture = await _identity(monitor)
+        offer = read_schema(version, architecture, await monitor.execute("query-qmp-schema"))
         machines = await monitor.execute("query-machines")
     status = os.stat(f"{process.PROC}/{child.pid}/exe")
     names = {machine["name"] for machine in machines} | {machine.get("alias", "") for machine in machines}
     return Binary(path, (status.st_dev, status.st_ino), offer, frozenset(names - {""}))
-
-
-class Offers:
-    """What running QEMUs offer, asked once per binary: a schema costs some 100 ms."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[int, int], Offer] = {}
-        self._asking = asyncio.Lock()
-
-    async def of(self, executable_id: tuple[int, int], monitor: Monitor) -> Offer:
-        """What the QEMU behind this monitor offers.
-
-        :param executable_id: of the binary that it runs.
-        """
-        async with self._asking:
-            if executable_id not in self._known:
-                self._known[executable_id] = await ask(monitor)
-            return self._known[executable_id]

@@ -9,7 +9,7 @@ Pure functions over what the guest's monitor said. Private to the collection.
 from __future__ import annotations
 
 import typing as t
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary, Offer
@@ -18,6 +18,11 @@ MODES = ("cpr-transfer", "cpr-exec", "cpr-reboot")
 
 # "setup" to "device" and the like: something is on its way. The rest have ended.
 _MIGRATION_ENDED = (None, "none", "completed", "failed", "cancelled")
+
+
+def may_try_modes(run_state: str, migration: str | None) -> bool:
+    """Whether a guest's migration mode may be set for a moment: nobody else may be about to use it."""
+    return migration in _MIGRATION_ENDED and run_state != "inmigrate"
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Observation:
     :ivar memory_backends: what ``query-memdev`` returned.
     :ivar block_jobs: the devices or ids of ``query-block-jobs``.
     :ivar exports: the ids of ``query-block-exports``.
+    :ivar blocked_reasons: for each mode that its QEMU has, QEMU's own reasons against it.
     :ivar aux_ram_share: the machine's property, None before QEMU 10.0, which lacks it.
     """
 
@@ -39,6 +45,7 @@ class Observation:
     memory_backends: t.Sequence[t.Mapping[str, t.Any]]
     aux_ram_share: bool | None
     offer: Offer
+    blocked_reasons: t.Mapping[str, t.Sequence[str]] = field(default_factory=dict)
     block_jobs: t.Sequence[str] = ()
     exports: t.Sequence[str] = ()
 
@@ -49,21 +56,21 @@ def blockers(observation: Observation, mode: str) -> list[CprError]:
     :param mode: one of `MODES`.
     """
     found = []
-    if mode not in observation.offer.modes:
-        found.append(
-            CprError(
-                "mode-missing",
-                f"QEMU {observation.offer.version_text}, which runs the guest, does not have the mode {mode}.",
-                "The guest must once be started, or migrated, into a QEMU that has it"
-                " (cpr-transfer: 10.0, cpr-exec: 10.2).",
-            )
-        )
     if observation.migration not in _MIGRATION_ENDED:
         found.append(
             CprError(
                 "already-migrating",
                 f"The guest is already migrating (status: {observation.migration}).",
                 "Wait for that migration to end, or cancel it with migrate_cancel.",
+            )
+        )
+    elif mode not in observation.offer.modes and may_try_modes(observation.run_state, observation.migration):
+        found.append(
+            CprError(
+                "mode-missing",
+                f"QEMU {observation.offer.version_text}, which runs the guest, does not have the mode {mode}.",
+                "The guest must once be started, or migrated, into a QEMU that has it"
+                " (cpr-transfer: 10.0, cpr-exec: 10.2).",
             )
         )
     if observation.block_jobs:
@@ -96,6 +103,15 @@ def blockers(observation: Observation, mode: str) -> list[CprError]:
     # be shared: QEMU itself does not check it for cpr-exec, and the guest would be lost.
     if mode != "cpr-reboot":
         found.extend(_memory_blockers(observation))
+    found.extend(
+        CprError(
+            "migration-blocked",
+            f"QEMU refuses {mode} for this guest: {reason}",
+            "Take away what QEMU names, or leave this guest out of live_update_guests.",
+            qemu_description=reason,
+        )
+        for reason in observation.blocked_reasons.get(mode, ())
+    )
     return found
 
 

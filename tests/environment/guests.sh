@@ -2,6 +2,7 @@
 # Makes the test guests in .cache/guests:
 #
 #     boot_sector.img     a disk whose boot sector is the whole guest (tests/guests/boot_sector.S)
+#     echo_sector.img     another, which answers pings (tests/guests/echo_sector.S)
 #     vmlinuz, initrd     Debian's cloud kernel with a busybox that runs tests/guests/init
 #
 # Does nothing when they are there and up to date.
@@ -16,12 +17,14 @@ mkdir -p "$cache"
 exec 9>"$cache/lock"
 flock 9
 
-if [ ! "$cache/boot_sector.img" -nt "$sources/boot_sector.S" ]; then
-    need as binutils
-    as --32 -o "$cache/boot_sector.o" "$sources/boot_sector.S"
-    ld -m elf_i386 -Ttext 0x7c00 --oformat binary -o "$cache/boot_sector.img" "$cache/boot_sector.o"
-    truncate -s 1M "$cache/boot_sector.img" # the BIOS does not read a disk of one sector
-fi
+for name in boot_sector echo_sector; do
+    if [ ! "$cache/$name.img" -nt "$sources/$name.S" ]; then
+        need as binutils
+        as --32 -o "$cache/$name.o" "$sources/$name.S"
+        ld -m elf_i386 -Ttext 0x7c00 --oformat binary -o "$cache/$name.img" "$cache/$name.o"
+        truncate -s 1M "$cache/$name.img" # the BIOS does not read a disk of one sector
+    fi
+done
 
 if [ ! -f "$cache/root/complete" ]; then
     echo "Unpacking the Linux guest ..."

@@ -25,10 +25,9 @@ async def inspect_all(task: Task) -> list[Outcome]:
     path = task.parameters["qemu_binary"]
     binary = await qemu_binary.probe(path) if path else None
     names, selected = guests.select(task.guests, guests.by_name(process.find(), task.journal))
-    offers = qemu_binary.Offers()
 
     async def one(name: str) -> Outcome:
-        inspection = await preflight.inspect(selected[name], offers)
+        inspection = await preflight.inspect(selected[name])
         update = task.journal.load(name)
         return Outcome(name, False, _sentence(inspection), update, extra=_facts(inspection, binary))
 

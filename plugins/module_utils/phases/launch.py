@@ -90,7 +90,6 @@ async def launch_all(task: Task) -> list[Outcome]:
     """
     binary = await qemu_binary.probe(task.parameters["qemu_binary"])
     names, found = guests.select(task.guests, guests.by_name(process.find(), task.journal))
-    offers = qemu_binary.Offers()
     plans: dict[str, Plan] = {}
 
     async def check(name: str) -> Outcome:
@@ -113,7 +112,7 @@ async def launch_all(task: Task) -> list[Outcome]:
             found.update(guests.select([name], guests.by_name(process.find(), task.journal))[1])
         if found[name].executable_id == binary.executable_id:
             return _outcome(name, unfinished, f"The guest runs on {binary.path} already.", news, update=earlier)
-        inspection = await preflight.inspect(found[name], offers)
+        inspection = await preflight.inspect(found[name])
         for blocker in inspection.blockers_for(binary):
             raise blocker
         plans[name] = _plan(task.journal, name, inspection, binary)

@@ -19,6 +19,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     namespaces,
     new_command_line,
     process,
+    qemu_binary,
     readiness,
     systemd,
 )
@@ -27,7 +28,6 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases.describe import Description, describe
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import QemuProcess
-from ansible_collections.vmfleet.cpr.plugins.module_utils.qemu_binary import Offers
 
 
 @dataclass
@@ -59,12 +59,10 @@ class Inspection:
         return [*self.blockers_of("cpr-transfer"), *fitting]
 
 
-async def inspect(qemu: QemuProcess, offers: Offers) -> Inspection:
+async def inspect(qemu: QemuProcess) -> Inspection:
     """Look at a guest's process and ask its monitor. The guest is as before.
 
     What can't be found out is a blocker, not an exception.
-
-    :param offers: shared by all guests of a task.
     """
     inspection = Inspection(qemu)
     try:
@@ -80,7 +78,7 @@ async def inspect(qemu: QemuProcess, offers: Offers) -> Inspection:
     try:
         async with await guests.open_monitor(qemu) as monitor:
             inspection.monitor = monitor.where
-            inspection.observation = await observe(monitor, qemu, offers)
+            inspection.observation = await observe(monitor)
             description = await describe(monitor, qemu, inspection.observation.machine_type)
             # What can't be handed over is found out by trying.
             new_command_line.make(description.options, description.running, cpr_socket="/")
@@ -129,8 +127,8 @@ async def _refuse_unsupported(inspection: Inspection) -> None:
         )
 
 
-async def observe(monitor: Monitor, qemu: QemuProcess, offers: Offers) -> readiness.Observation:
-    """Ask a guest's monitor what readiness depends on, by read-only commands.
+async def observe(monitor: Monitor) -> readiness.Observation:
+    """Ask a guest's monitor what readiness depends on; no command that would hold the guest up.
 
     :raises CprError: as `Monitor.execute`.
     """
@@ -139,13 +137,18 @@ async def observe(monitor: Monitor, qemu: QemuProcess, offers: Offers) -> readin
     aux_ram_share: t.Optional[bool] = None
     if any(item["name"] == "aux-ram-share" for item in properties):
         aux_ram_share = await monitor.execute("qom-get", {"path": "/machine", "property": "aux-ram-share"})
+    run_state = (await monitor.execute("query-status"))["status"]
+    migration = (await monitor.execute("query-migrate")).get("status")
+    modes = readiness.MODES if readiness.may_try_modes(run_state, migration) else ()
+    offer, blocked_reasons = await qemu_binary.ask_running(monitor, modes)
     return readiness.Observation(
         machine_type=machine_type[: -len("-machine")] if machine_type.endswith("-machine") else machine_type,
-        run_state=(await monitor.execute("query-status"))["status"],
-        migration=(await monitor.execute("query-migrate")).get("status"),
+        run_state=run_state,
+        migration=migration,
         memory_backends=await monitor.execute("query-memdev"),
         aux_ram_share=aux_ram_share,
         block_jobs=[job["device"] for job in await monitor.execute("query-block-jobs")],
         exports=[export["id"] for export in await monitor.execute("query-block-exports")],
-        offer=await offers.of(qemu.executable_id, monitor),
+        offer=offer,
+        blocked_reasons=blocked_reasons,
     )
