@@ -8,11 +8,9 @@ Pure functions. Private to the collection.
 
 from __future__ import annotations
 
-import collections
 import typing as t
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
-from ansible_collections.vmfleet.cpr.plugins.module_utils.hotplug import Device
 from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Offer
 
 MODE = "cpr-transfer"
@@ -58,58 +56,6 @@ def capabilities_to_set(
         {"capability": item["capability"], "state": agreed.get(item["capability"], False)}
         for item in current
         if item["state"] != agreed.get(item["capability"], False)
-    ]
-
-
-def differing_disks(old: t.Iterable[t.Mapping[str, t.Any]], new: t.Iterable[t.Mapping[str, t.Any]]) -> list[str]:
-    """The disks that have another image in the new QEMU, each with both images.
-
-    The new QEMU opens what the command line says. A snapshot, a mirror or a change of media
-    since the start has put another image under the running guest, and the migration stream
-    does not tell.
-
-    :param old: what ``query-block`` returned on the old QEMU.
-    :param new: what it returned on the new one.
-    """
-
-    def images(answer: t.Iterable[t.Mapping[str, t.Any]]) -> dict[str, tuple[t.Any, ...]]:
-        return {
-            item.get("qdev")
-            or item["device"]: (
-                item.get("inserted", {}).get("file"),
-                item.get("inserted", {}).get("backing_file"),
-            )
-            for item in answer
-        }
-
-    before, after = images(old), images(new)
-    return [
-        f"{name}: {before.get(name, ('no such disk',))[0] or 'empty'} in the old QEMU,"
-        f" {after.get(name, ('no such disk',))[0] or 'empty'} in the new"
-        for name in sorted({*before, *after})
-        if before.get(name) != after.get(name)
-    ]
-
-
-def differing_devices(old: t.Iterable[Device], new: t.Iterable[Device]) -> list[str]:
-    """The devices that only one of both QEMUs has, or has at another place.
-
-    QEMU itself compares only what the stream of the old one contains.
-    """
-
-    def described(devices: t.Iterable[Device]) -> collections.Counter[str]:
-        return collections.Counter(
-            f"{device.id or 'a device without an id'} ({device.type}"
-            + (f" on {device.bus}" if device.bus else "")
-            + "".join(f", {key} {value}" for key, value in sorted(device.seen.items()))
-            + ")"
-            for device in devices
-        )
-
-    before, after = described(old), described(new)
-    return [
-        *(f"{name} is missing in it" for name in (before - after).elements()),
-        *(f"{name} is new in it" for name in (after - before).elements()),
     ]
 
 

@@ -31,9 +31,7 @@ _NOT_SETTABLE = frozenset("busnr attached guest-stats".split())
 _PROCESSOR_KEYS = frozenset("socket-id die-id cluster-id module-id core-id thread-id node-id".split())
 _NOT_LISTED = ""
 # Where a device is on its bus: chosen by QEMU in the order of creation where nobody says it.
-_PLACE_KEYS = ("addr", "slot", "scsi-id", "lun", "nr", "unit")
-# What else two devices of one type at one place may differ in.
-SEEN_KEYS = (*_PLACE_KEYS, "netdev", "mac", "chardev")
+PLACE_KEYS = ("addr", "slot", "scsi-id", "lun", "nr", "unit")
 _NETWORK = re.compile(r"(?P<id>[^\s:]+): index=\d+,type=(?P<type>[\w-]+),(?P<rest>.*)$")
 _USB = re.compile(r"^\s*Device [\d.]+, Port (?P<port>[\d.]+), .*, ID: (?P<id>\S+)\s*$")
 
@@ -47,7 +45,7 @@ class Device:
     :ivar hotplugged: whether it came after the guest's start.
     :ivar properties: what ``device-list-properties`` and ``qom-get`` say of one that is
         hotplugged: triples of name, description and value.
-    :ivar seen: the values of `SEEN_KEYS`, as far as it has them.
+    :ivar place: the values of `PLACE_KEYS`, as far as it has them.
     """
 
     path: str
@@ -55,7 +53,7 @@ class Device:
     parent_bus: str | None
     hotplugged: bool
     properties: t.Sequence[tuple[str, t.Mapping[str, t.Any], t.Any]] = ()
-    seen: t.Mapping[str, t.Any] = field(default_factory=dict)
+    place: t.Mapping[str, t.Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str | None:
@@ -179,7 +177,7 @@ class _Change:
         return present[number] if present[number].type in (driver, f"{driver}-pci") else None
 
     def _place(self, device: Device) -> dict[str, t.Any]:
-        place = {key: device.seen[key] for key in _PLACE_KEYS if device.seen.get(key) is not None}
+        place = {key: value for key, value in device.place.items() if value is not None}
         if "addr" in place and device.parent_bus:  # of PCI: slot and function in one number
             place["addr"] = f"{place['addr'] >> 3:x}.{place['addr'] & 7:x}" if place["addr"] >= 0 else None
         port = _usb_ports(self.now.usb).get(device.id or "")
@@ -386,7 +384,7 @@ def _is_given(device: Device, name: str, description: t.Mapping[str, t.Any], val
     kind = description["type"]
     if device.type.endswith("-cpu"):
         return name in _PROCESSOR_KEYS and value not in (None, -1)
-    if kind.startswith("child<") or name in _NOT_SETTABLE or name in _PLACE_KEYS and device.bus:
+    if kind.startswith("child<") or name in _NOT_SETTABLE or name in PLACE_KEYS and device.bus:
         return False
     if device.type in ("pc-dimm", "nvdimm") and name == "size":
         return False

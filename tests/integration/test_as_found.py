@@ -424,10 +424,8 @@ def test_what_blocks_a_migration_is_told_in_qemus_words(start, host, tmp_path):
         "blocked", more=["-drive", f"if=none,id=n,file={image},format=raw", "-device", "nvme,drive=n,serial=x"]
     )
     (outcome,) = host.launch(guest)
-    assert outcome.error is None, str(outcome.error)
-    (outcome,) = host.transfer(guest)
     assert outcome.error.code == "migration-blocked"
     assert "nvme" in outcome.error.message
-    host.rollback(guest)
+    assert len(guest.pids()) == 1
     assert guest.status() == "running"
     guest.check_continuity()

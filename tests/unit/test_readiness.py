@@ -120,16 +120,6 @@ def test_what_differs_is_set_and_remembered():
     assert handshake.capabilities_to_restore(current, changes) == current[:3]
 
 
-def test_a_disk_with_another_image_is_named_with_both():
-    old = [{"device": "", "qdev": "/d0", "inserted": {"file": "new.qcow2", "backing_file": "base.qcow2"}}]
-    new = [{"device": "", "qdev": "/d0", "inserted": {"file": "base.qcow2"}}, {"device": "cd0"}]
-    assert handshake.differing_disks(old, old) == []
-    assert handshake.differing_disks(old, new) == [
-        "/d0: new.qcow2 in the old QEMU, base.qcow2 in the new",
-        "cd0: no such disk in the old QEMU, empty in the new",
-    ]
-
-
 def test_a_schema_without_mig_mode_offers_no_mode():
     schema = [
         {"name": "migrate-set-capabilities", "meta-type": "command", "arg-type": "1"},

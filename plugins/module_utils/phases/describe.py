@@ -122,7 +122,7 @@ async def _plugged(monitor: Monitor, qemu: QemuProcess) -> hotplug.Plugged:
     usb = await _optional(monitor, "x-query-usb", {"human-readable-text": ""})
     memory = await monitor.execute("qom-get", {"path": "/machine", "property": "memory-backend"})
     return hotplug.Plugged(
-        devices=await devices(monitor),
+        devices=await _devices(monitor),
         objects=await _objects(monitor),
         memory=memory.rpartition("/")[2],
         networks=await monitor.human("info network"),
@@ -135,16 +135,14 @@ async def _plugged(monitor: Monitor, qemu: QemuProcess) -> hotplug.Plugged:
     )
 
 
-async def devices(monitor: Monitor, *, in_full: bool = True) -> list[hotplug.Device]:
-    """All devices that options or ``device_add`` have made.
-
-    :param in_full: whether to read all properties of those that came after the start.
-    """
+async def _devices(monitor: Monitor) -> list[hotplug.Device]:
+    """All devices that options or ``device_add`` have made."""
     found = []
     for container in _CONTAINERS:
         children = await monitor.execute("qom-list", {"path": container})
-        names = [item["name"] for item in children if item["type"].startswith("child<")]
-        found += [await _device(monitor, f"{container}/{name}", in_full) for name in sorted(names, key=_creation)]
+        types = {item["name"]: item["type"] for item in children if item["type"].startswith("child<")}
+        for name in sorted(types, key=_creation):
+            found.append(await _device(monitor, f"{container}/{name}", types[name][len("child<") : -1]))
     return found
 
 
@@ -154,16 +152,15 @@ def _creation(name: str) -> tuple[int, str]:
     return (int(number) if number.isdigit() else 0, name)
 
 
-async def _device(monitor: Monitor, path: str, in_full: bool) -> hotplug.Device:
-    listed = {item["name"]: item["type"] for item in await monitor.execute("qom-list", {"path": path})}
+async def _device(monitor: Monitor, path: str, kind: str) -> hotplug.Device:
+    listed = {item["name"] for item in await monitor.execute("qom-list", {"path": path})}
 
     async def get(name: str) -> t.Any:
         return await monitor.execute("qom-get", {"path": path, "property": name})
 
-    kind = await get("type")
     hotplugged = await get("hotplugged")
     properties = []
-    if hotplugged and in_full:
+    if hotplugged:
         for item in await monitor.execute("device-list-properties", {"typename": kind}):
             try:
                 properties.append((item["name"], item, await get(item["name"])))
@@ -176,7 +173,7 @@ async def _device(monitor: Monitor, path: str, in_full: bool) -> hotplug.Device:
         parent_bus=(await get("parent_bus") or None) if "parent_bus" in listed else None,
         hotplugged=hotplugged,
         properties=properties,
-        seen={key: await get(key) for key in hotplug.SEEN_KEYS if key in listed},
+        place={key: await get(key) for key in hotplug.PLACE_KEYS if key in listed},
     )
 
 

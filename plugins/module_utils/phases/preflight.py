@@ -26,6 +26,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import (
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import view
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases.describe import Description, describe
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import QemuProcess
 
@@ -132,7 +133,6 @@ async def observe(monitor: Monitor) -> readiness.Observation:
 
     :raises CprError: as `Monitor.execute`.
     """
-    machine_type: str = await monitor.execute("qom-get", {"path": "/machine", "property": "type"})
     properties = await monitor.execute("qom-list", {"path": "/machine"})
     aux_ram_share: t.Optional[bool] = None
     if any(item["name"] == "aux-ram-share" for item in properties):
@@ -142,7 +142,7 @@ async def observe(monitor: Monitor) -> readiness.Observation:
     modes = readiness.MODES if readiness.may_try_modes(run_state, migration) else ()
     offer, blocked_reasons = await qemu_binary.ask_running(monitor, modes)
     return readiness.Observation(
-        machine_type=machine_type[: -len("-machine")] if machine_type.endswith("-machine") else machine_type,
+        machine_type=await view.machine_type(monitor),
         run_state=run_state,
         migration=migration,
         memory_backends=await monitor.execute("query-memdev"),

@@ -8,17 +8,33 @@ Private to the collection.
 
 from __future__ import annotations
 
+import asyncio
 import time
 import typing as t
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, journal, surroundings
+from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, journal, machine_view, surroundings
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.machine_view import MachineView
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import describe, failures, reach
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, view
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome
 
 DONE = (journal.SET_UP, *journal.COMMITTED)
+
+_AGAIN = "The guest runs on as before. Was something plugged, or changed, at this moment? Then run again; else leave"
+_AGAIN += " this guest out of live_update_guests, and report this."
+_HINTS = {
+    "machine-differs": _AGAIN,
+    "cpu-differs": "The guest runs on as before. Name a versioned CPU model (-cpu MODEL-v1) at its next start: host, max"
+    " and what KVM offers differ from QEMU to QEMU.",
+    "memory-differs": _AGAIN,
+    "devices-differ": _AGAIN,
+    "queues-differ": "The guest runs on as before. Take it to a QEMU that has room for them (Debian's 10.0.13 and 11.1"
+    " differ), or restart it.",
+    "disks-differ": "The guest runs on as before. Was a disk changed at this moment? Then run again; else leave this guest"
+    " out of live_update_guests, and report this.",
+}
 
 
 async def set_up(update: journal.Update, *, timeout: float) -> Outcome:
@@ -29,7 +45,7 @@ async def set_up(update: journal.Update, *, timeout: float) -> Outcome:
 
     :param timeout: seconds for each connection.
     :raises CprError: ``capabilities-differ`` or ``parameters-differ`` if an end did not take
-        what was agreed.
+        what was agreed; a code of `machine_view.differences`.
     """
     if update.phase in DONE:
         return Outcome(update.guest, False, "Both QEMUs are set up already.", update)
@@ -47,8 +63,8 @@ async def set_up(update: journal.Update, *, timeout: float) -> Outcome:
                 for whose, monitor in (("old", old_monitor), ("new", new_monitor)):
                     await _set_parameters(whose, monitor)
                     await _compare_capabilities(whose, monitor, update)
-                await _compare_disks(old_monitor, new_monitor)
-                await _compare_devices(old_monitor, new_monitor)
+                before, after = await asyncio.gather(view.read(old_monitor, old.pid), view.read(new_monitor, new.pid))
+                _compare_machines(before, after)
                 await _place_threads(old_monitor, new_monitor)
     update.took("setup", started)
     update.enter(journal.SET_UP)
@@ -79,27 +95,14 @@ async def _compare_capabilities(whose: str, monitor: Monitor, update: journal.Up
         )
 
 
-async def _compare_disks(old: Monitor, new: Monitor) -> None:
-    wrong = handshake.differing_disks(await old.execute("query-block"), await new.execute("query-block"))
-    if wrong:
+def _compare_machines(old: MachineView, new: MachineView) -> None:
+    found = machine_view.differences(old, new)
+    for code in found:  # the first names the error
+        sentences = [sentence for several in found.values() for sentence in several]
         raise CprError(
-            "disks-differ",
-            f"The new QEMU has other disk images than the guest has now: {'; '.join(wrong)}.",
-            "The guest runs on as before. Disks that were changed since the guest's start (snapshots, mirrors, media)"
-            " can't be carried over yet.",
-        )
-
-
-async def _compare_devices(old: Monitor, new: Monitor) -> None:
-    wrong = handshake.differing_devices(
-        await describe.devices(old, in_full=False), await describe.devices(new, in_full=False)
-    )
-    if wrong:
-        raise CprError(
-            "devices-differ",
-            f"The new QEMU has other devices than the guest has now: {'; '.join(wrong)}.",
-            "The guest runs on as before. Was a device plugged in or out at this moment? Then run again; else leave"
-            " this guest out of live_update_guests, and report this.",
+            code,
+            f"The new QEMU would not be the machine that the guest knows: {'; '.join(sentences)}.",
+            _HINTS[code],
         )
 
 
