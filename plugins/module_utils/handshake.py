@@ -9,11 +9,15 @@ Pure functions. Private to the collection.
 from __future__ import annotations
 
 import typing as t
+from dataclasses import dataclass, field
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Offer
 
 MODE = "cpr-transfer"
+
+# Of what `record` returns.
+PROTOCOL = 1
 
 # "events" lets both ends say at once where the migration is. "return-path" lets the old QEMU
 # learn that the new one could not load the state, and resume the guest by itself; without it
@@ -24,23 +28,103 @@ REQUIRED_CAPABILITIES = ("events", "return-path")
 PARAMETERS: dict[str, t.Any] = {"max-bandwidth": 0}
 
 
-def agree_capabilities(old: Offer, new: Offer) -> dict[str, bool]:
-    """Every capability that both ends have, and whether it is on.
+# What the user can't choose: the mode is the update itself.
+_RESERVED_PARAMETERS = ("mode",)
 
-    All but the required ones are off, whatever was on before: one that is on at one end only
-    makes the new QEMU wait for ever while the old one says ``completed`` (seen with multifd).
 
-    :raises CprError: ``capability-missing`` if an end lacks a required one.
+@dataclass(frozen=True)
+class Wishes:
+    """What a user wants of the migration beyond what it needs.
+
+    :ivar when_missing: ``fail`` or ``drop``, for what an end lacks.
     """
-    for whose, offer in (("running", old), ("new", new)):
-        missing = [name for name in REQUIRED_CAPABILITIES if name not in offer.capabilities]
-        if missing:
-            raise CprError(
-                "capability-missing",
-                f"The {whose} QEMU ({offer.version_text}) lacks the migration capability {', '.join(missing)}.",
-                "Choose another QEMU binary; every one since 2.12 has it.",
-            )
-    return {name: name in REQUIRED_CAPABILITIES for name in sorted(old.capabilities & new.capabilities)}
+
+    capabilities: t.Mapping[str, bool] = field(default_factory=dict)
+    parameters: t.Mapping[str, t.Any] = field(default_factory=dict)
+    when_missing: str = "fail"
+
+    @classmethod
+    def of(cls, parameters: t.Mapping[str, t.Any]) -> Wishes:
+        """Those of a module's parameters."""
+        return cls(*(parameters[name] for name in ("capabilities", "parameters", "when_missing")))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What both ends are going to use.
+
+    :ivar capabilities: every one that both have, and whether it is on.
+    :ivar parameters: those that are set, with their values.
+    :ivar dropped: wishes that an end can't fulfil, as sentences.
+    """
+
+    capabilities: dict[str, bool]
+    parameters: dict[str, t.Any]
+    dropped: list[str]
+
+
+def agree(old: Offer, new: Offer, wishes: Wishes = Wishes()) -> Agreement:
+    """What both ends have in common, and of that what is used.
+
+    All capabilities but the required and the wished ones are off, whatever was on before: one
+    that is on at one end only makes the new QEMU wait for ever while the old one says
+    ``completed`` (seen with multifd).
+
+    :raises CprError: ``bad-argument`` for a wish that can't be had with any QEMU;
+        ``capability-missing`` or ``parameter-missing`` for what an end lacks.
+    """
+    for name in REQUIRED_CAPABILITIES:
+        if wishes.capabilities.get(name) is False:
+            raise CprError("bad-argument", f"The capability {name} can't be off: the update needs it.", "Leave it out.")
+    for name in _RESERVED_PARAMETERS:
+        if name in wishes.parameters:
+            raise CprError("bad-argument", f"The parameter {name} is set by the update itself.", "Leave it out.")
+    wanted = [name for name, state in wishes.capabilities.items() if state]
+    dropped = []
+    for code, what, names, offered in (
+        ("capability-missing", "capability", (*REQUIRED_CAPABILITIES, *wanted), lambda offer: offer.capabilities),
+        ("parameter-missing", "parameter", wishes.parameters, lambda offer: offer.parameters),
+    ):
+        for whose, offer in (("running", old), ("new", new)):
+            for name in names:
+                if name in offered(offer):
+                    continue
+                lack = f"The {whose} QEMU ({offer.version_text}) lacks the migration {what} {name}."
+                if wishes.when_missing != "drop" or name in REQUIRED_CAPABILITIES:
+                    raise CprError(code, lack, "Leave it out, or let it be dropped (live_update_when_missing: drop).")
+                dropped.append(lack)
+    common = old.capabilities & new.capabilities
+    return Agreement(
+        capabilities={name: name in REQUIRED_CAPABILITIES or name in wanted for name in sorted(common)},
+        parameters={
+            **PARAMETERS,
+            **{
+                name: value
+                for name, value in wishes.parameters.items()
+                if name in old.parameters and name in new.parameters
+            },
+        },
+        dropped=dropped,
+    )
+
+
+def record(agreement: Agreement, machine: t.Mapping[str, t.Any], compared: t.Iterable[str]) -> dict[str, t.Any]:
+    """What was compared and agreed, for the update record and for other tools.
+
+    A reader must refuse a ``version`` that it does not know; keys may be added within one.
+
+    :param machine: `machine_view.summary` of the guest.
+    :param compared: the codes of `machine_view.differences` that were looked for.
+    """
+    return {
+        "version": PROTOCOL,
+        "mode": MODE,
+        "capabilities": agreement.capabilities,
+        "parameters": agreement.parameters,
+        "dropped": agreement.dropped,
+        "compared": list(compared),
+        "machine": dict(machine),
+    }
 
 
 def capabilities_to_set(

@@ -70,6 +70,11 @@ class Update:
     :ivar run_state: the guest's run state before (``running`` or ``paused``); it is the same
         afterwards.
     :ivar capabilities: the migration capabilities that both QEMUs use.
+    :ivar parameters: the migration parameters that are set on both.
+    :ivar dropped: what the user wished of them and an end lacks, as sentences.
+    :ivar agreement: what `handshake.record` says of both ends; None before they were compared.
+    :ivar heartbeat: how the guest is checked after the switch: ``agent`` if one answered before,
+        ``command`` of the user's, ``timeout`` in seconds for each.
     :ivar restore: capabilities and parameters of the old QEMU as they were, to put back.
     :ivar renames: pairs of a socket's or pid file's path during the update and its stable path.
     :ivar taps: the new QEMU's tap interfaces, each with the name that it takes over.
@@ -92,6 +97,10 @@ class Update:
     run_state: str | None = None
     generation: int = 0
     capabilities: dict[str, bool] = field(default_factory=dict)
+    parameters: dict[str, t.Any] = field(default_factory=dict)
+    dropped: list[str] = field(default_factory=list)
+    agreement: dict[str, t.Any] | None = None
+    heartbeat: dict[str, t.Any] = field(default_factory=dict)
     restore: dict[str, t.Any] = field(default_factory=dict)
     renames: list[tuple[str, str]] = field(default_factory=list)
     taps: list[Tap] = field(default_factory=list)

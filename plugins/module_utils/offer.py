@@ -42,12 +42,18 @@ class Binary:
     :ivar path: as it was given.
     :ivar executable_id: device and inode of what really runs, also behind a wrapper script.
     :ivar machine_types: the versioned machine types and aliases that it has.
+    :ivar deprecated: those of them that its next major versions will lack.
+    :ivar device_types: all devices that it has, processors too, as QOM types.
+    :ivar kvm: whether it was built with KVM.
     """
 
     path: str
     executable_id: tuple[int, int]
     offer: Offer
     machine_types: frozenset[str]
+    deprecated: frozenset[str] = frozenset()
+    device_types: frozenset[str] = frozenset()
+    kvm: bool = True
 
 
 def read_schema(version: tuple[int, int, int], architecture: str, schema: t.Sequence[dict[str, t.Any]]) -> Offer:

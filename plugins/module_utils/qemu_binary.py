@@ -67,8 +67,41 @@ async def ask_running(monitor: Monitor, modes: t.Iterable[str]) -> tuple[Offer, 
     return offer, reasons
 
 
+class Probe:
+    """A QEMU without a machine, which can be asked what its binary has. Touches no guest.
+
+    :ivar binary: what is asked of every one.
+    """
+
+    def __init__(self, binary: Binary, monitor: Monitor) -> None:
+        self.binary = binary
+        self._monitor = monitor
+        self._properties: dict[str, frozenset[str]] = {}
+        self._asking = asyncio.Lock()
+
+    async def properties(self, kind: str) -> frozenset[str]:
+        """The properties of a QOM type; none for one that can't be asked."""
+        async with self._asking:
+            if kind not in self._properties:
+                try:
+                    answer = await self._monitor.execute("qom-list-properties", {"typename": kind})
+                except CprError as error:
+                    if error.code != "qmp-error":
+                        raise
+                    answer = []
+                self._properties[kind] = frozenset(item["name"] for item in answer)
+            return self._properties[kind]
+
+
 async def probe(path: str) -> Binary:
-    """Start a binary without a machine and ask it what it can do. Touches no guest.
+    """What a binary can do; as `opened`."""
+    async with opened(path) as qemu:
+        return qemu.binary
+
+
+@contextlib.asynccontextmanager
+async def opened(path: str) -> t.AsyncIterator[Probe]:
+    """Start a binary without a machine, to be asked what it can do.
 
     :raises CprError: ``binary-missing``, ``binary-not-executable``,
         ``binary-wrong-architecture`` if it isn't for this host's processor, ``binary-not-qemu``
@@ -104,16 +137,17 @@ async def probe(path: str) -> Binary:
             ) from error
         theirs.close()
         try:
-            return await _ask_child(path, child, ours)
+            async with await _connect(path, child, ours) as monitor:
+                yield Probe(await _ask(path, child, monitor), monitor)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 child.kill()
             await child.communicate()
 
 
-async def _ask_child(path: str, child: asyncio.subprocess.Process, connection: socket.socket) -> Binary:
+async def _connect(path: str, child: asyncio.subprocess.Process, connection: socket.socket) -> Monitor:
     try:
-        monitor = await Monitor.adopt(connection, path, START_TIMEOUT)
+        return await Monitor.adopt(connection, path, START_TIMEOUT)
     except CprError:
         with contextlib.suppress(ProcessLookupError):
             child.kill()
@@ -123,10 +157,20 @@ async def _ask_child(path: str, child: asyncio.subprocess.Process, connection: s
             f"{path} does not start as a QEMU system emulator: {words[-1] if words else 'it says nothing'}.",
             "Give the path of a qemu-system binary; `BINARY -version` shows whether it starts at all.",
         ) from None
-    async with monitor:
-        version, architecture = await _identity(monitor)
-        offer = read_schema(version, architecture, await monitor.execute("query-qmp-schema"))
-        machines = await monitor.execute("query-machines")
+
+
+async def _ask(path: str, child: asyncio.subprocess.Process, monitor: Monitor) -> Binary:
+    version, architecture = await _identity(monitor)
+    machines = await monitor.execute("query-machines")
     status = os.stat(f"{process.PROC}/{child.pid}/exe")
     names = {machine["name"] for machine in machines} | {machine.get("alias", "") for machine in machines}
-    return Binary(path, (status.st_dev, status.st_ino), offer, frozenset(names - {""}))
+    devices = await monitor.execute("qom-list-types", {"implements": "device", "abstract": False})
+    return Binary(
+        path=path,
+        executable_id=(status.st_dev, status.st_ino),
+        offer=read_schema(version, architecture, await monitor.execute("query-qmp-schema")),
+        machine_types=frozenset(names - {""}),
+        deprecated=frozenset(machine["name"] for machine in machines if machine.get("deprecated")),
+        device_types=frozenset(item["name"] for item in devices),
+        kvm=(await monitor.execute("query-kvm"))["present"],
+    )

@@ -11,10 +11,16 @@ from __future__ import annotations
 import typing as t
 from dataclasses import dataclass, field
 
+from ansible_collections.vmfleet.cpr.plugins.module_utils.command_line import Option, read_properties
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary, Offer
 
 MODES = ("cpr-transfer", "cpr-exec", "cpr-reboot")
+
+# What -device and -machine take beside properties of the device or machine itself.
+_OF_OPTIONS = frozenset(
+    ["", "driver", "id", "bus", "type", "accel", "kernel-irqchip", "kernel_irqchip", "kvm-shadow-mem"]
+)
 
 # "setup" to "device" and the like: something is on its way. The rest have ended.
 _MIGRATION_ENDED = (None, "none", "completed", "failed", "cancelled")
@@ -33,9 +39,11 @@ class Observation:
     :ivar run_state: of ``query-status``.
     :ivar migration: the status of ``query-migrate``, None where there never was one.
     :ivar memory_backends: what ``query-memdev`` returned.
-    :ivar block_jobs: the devices or ids of ``query-block-jobs``.
+    :ivar block_jobs: the ids of jobs that run, on disks (``query-block-jobs``) or else (``query-jobs``).
     :ivar exports: the ids of ``query-block-exports``.
     :ivar blocked_reasons: for each mode that its QEMU has, QEMU's own reasons against it.
+    :ivar device_types: of all its devices and of its processors, as QOM types.
+    :ivar kvm: whether it runs under KVM.
     :ivar aux_ram_share: the machine's property, None before QEMU 10.0, which lacks it.
     """
 
@@ -48,6 +56,8 @@ class Observation:
     blocked_reasons: t.Mapping[str, t.Sequence[str]] = field(default_factory=dict)
     block_jobs: t.Sequence[str] = ()
     exports: t.Sequence[str] = ()
+    device_types: frozenset[str] = frozenset()
+    kvm: bool = False
 
 
 def blockers(observation: Observation, mode: str) -> list[CprError]:
@@ -133,26 +143,25 @@ def _memory_blockers(observation: Observation) -> t.Iterator[CprError]:
         )
 
 
-def binary_blockers(observation: Observation, binary: Binary) -> list[CprError]:
+def binary_blockers(observation: Observation, binary: Binary, mode: str = "cpr-transfer") -> list[CprError]:
     """What stands between a guest and this new binary; nothing if it fits."""
-    found = []
-    if binary.offer.architecture != observation.offer.architecture:
-        found.append(
+    offer = binary.offer
+    if offer.architecture != observation.offer.architecture:
+        return [  # all else would be about the wrong machine
             CprError(
                 "binary-wrong-architecture",
-                f"{binary.path} emulates {binary.offer.architecture}, and the guest is"
-                f" {observation.offer.architecture}.",
+                f"{binary.path} emulates {offer.architecture}, and the guest is {observation.offer.architecture}.",
                 f"Give the path of a qemu-system-{observation.offer.architecture}.",
             )
-        )
-        return found  # all else would be about the wrong machine
-    if binary.offer.version < observation.offer.version:
-        # QEMU refuses it late, with "vmstate_load_state error -2" (11.1 to 10.0).
+        ]
+    found = []
+    # QEMU refuses it late, with "vmstate_load_state error -2" (11.1 to 10.0); cpr-reboot went back too.
+    if offer.version < observation.offer.version and mode != "cpr-reboot":
         found.append(
             CprError(
                 "older-qemu",
                 f"The guest runs on QEMU {observation.offer.version_text} and {binary.path} is older"
-                f" ({binary.offer.version_text}); cpr-transfer does not go back.",
+                f" ({offer.version_text}); {mode} does not go back.",
                 "Choose a QEMU of the same or a later version.",
             )
         )
@@ -160,17 +169,88 @@ def binary_blockers(observation: Observation, binary: Binary) -> list[CprError]:
         found.append(
             CprError(
                 "machine-type-missing",
-                f"The guest's machine type {observation.machine_type} is no longer in QEMU {binary.offer.version_text}.",
+                f"The guest's machine type {observation.machine_type} is no longer in QEMU {offer.version_text}.",
                 "QEMU removes machine types after six years: restart the guest with a newer one,"
                 " or choose a QEMU that still has it.",
             )
         )
-    if "cpr-transfer" not in binary.offer.modes:
+    if mode not in offer.modes:
         found.append(
             CprError(
                 "mode-missing",
-                f"{binary.path} is QEMU {binary.offer.version_text} and does not have the mode cpr-transfer.",
-                "Choose QEMU 10.0 or later.",
+                f"{binary.path} is QEMU {offer.version_text} and does not have the mode {mode}.",
+                "Choose QEMU 10.0 or later for cpr-transfer, 10.2 for cpr-exec, 8.2 for cpr-reboot.",
             )
         )
+    missing = sorted(observation.device_types - binary.device_types)
+    if missing and binary.device_types:
+        found.append(
+            CprError(
+                "device-missing",
+                f"{binary.path} does not have what the guest has: {', '.join(missing)}.",
+                "Install the packages that hold the rest of this build (modules in a package of their own?), or choose"
+                " a QEMU that has them.",
+            )
+        )
+    if observation.kvm and not binary.kvm:
+        found.append(
+            CprError(
+                "accelerator-missing",
+                f"The guest runs under KVM, and {binary.path} was built without it.",
+                "Choose a QEMU with KVM.",
+            )
+        )
+    return found
+
+
+def warnings(observation: Observation, binary: Binary | None) -> list[CprError]:
+    """What stands in no update's way and what its owner should know."""
+    found = []
+    if observation.run_state == "paused":
+        found.append(
+            CprError(
+                "guest-paused",
+                "The guest is paused, and will be afterwards: nobody will see before it goes on whether it is well.",
+                "Let it go on first, if its pause is not wanted.",
+            )
+        )
+    if binary and observation.machine_type in binary.deprecated:
+        found.append(
+            CprError(
+                "machine-type-deprecated",
+                f"QEMU {binary.offer.version_text} still has the guest's machine type {observation.machine_type}, and"
+                " one of the next versions won't.",
+                "Choose a newer one when the guest next starts.",
+            )
+        )
+    return found
+
+
+def unknown_properties(
+    options: t.Iterable[Option], machine: str, properties: t.Mapping[str, t.Container[str]]
+) -> list[CprError]:
+    """What the guest's command line sets and the new binary does not know.
+
+    :param machine: the QOM type of the guest's machine.
+    :param properties: of the QOM types of ``-device`` and ``-machine``, as far as they are known.
+    """
+    found = []
+    for option in options:
+        if option.name not in ("device", "machine"):
+            continue
+        given = read_properties(option)
+        kind = machine if option.name == "machine" else given.implied or given.get("driver") or ""
+        known = properties.get(kind)
+        if not known:
+            continue
+        names = {(key or "").split(".")[0] for key, dummy in given.pairs} - _OF_OPTIONS
+        unknown = sorted(name for name in names if name not in known and name.replace("_", "-") not in known)
+        if unknown:
+            found.append(
+                CprError(
+                    "property-missing",
+                    f"The new QEMU's {kind} does not have what the guest's command line sets: {', '.join(unknown)}.",
+                    "Start the guest without it when it next starts, or choose a QEMU that has it.",
+                )
+            )
     return found

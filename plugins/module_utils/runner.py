@@ -35,6 +35,15 @@ def guests_argument_spec(**options: t.Any) -> dict[str, t.Any]:
     }
 
 
+def wishes_argument_spec() -> dict[str, t.Any]:
+    """The arguments of `handshake.Wishes`."""
+    return {
+        "capabilities": {"type": "dict", "default": {}},
+        "parameters": {"type": "dict", "default": {}},
+        "when_missing": {"type": "str", "choices": ["fail", "drop"], "default": "fail"},
+    }
+
+
 def run(
     module: AnsibleModule, function: t.Callable[[Task], t.Awaitable[list[Outcome]]], *, outlives_caller: bool = False
 ) -> t.NoReturn:
@@ -88,7 +97,7 @@ async def _as_coroutine(function: t.Callable[[Task], t.Awaitable[list[Outcome]]]
 
 
 def _check_arguments(parameters: t.Mapping[str, t.Any]) -> None:
-    for name in ("concurrency", "switch_concurrency", "timeout", "pause_limit"):
+    for name in ("concurrency", "switch_concurrency", "timeout", "pause_limit", "heartbeat_timeout"):
         if parameters.get(name, 1) <= 0:
             raise CprError("bad-argument", f"{name} is {parameters[name]:g}, and must be more than 0.")
 

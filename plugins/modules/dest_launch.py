@@ -50,6 +50,26 @@ options:
       - The absolute path of the new QEMU on the host.
     type: path
     required: true
+  capabilities:
+    description:
+      - Migration capabilities to use, each V(true) or V(false). C(events) and C(return-path) are always
+        on, all others off by default, whatever the running QEMU has set.
+      - Both QEMUs must have those that are to be on, see O(when_missing). They are set on both, read
+        back on both (M(vmfleet.cpr.migration_setup)), and the guest has its own again afterwards.
+    type: dict
+    default: {}
+  parameters:
+    description:
+      - Migration parameters to set on both QEMUs, with values of QEMU's own types and units.
+    type: dict
+    default: {}
+  when_missing:
+    description:
+      - What to do with a capability or parameter that one of both QEMUs lacks, V(fail) before
+        anything has changed, or V(drop) it and say so.
+    type: str
+    choices: [fail, drop]
+    default: fail
 author:
   - vmfleet.cpr contributors (@vmfleet)
 """
@@ -134,6 +154,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.phases.launch import l
 from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import (
     guests_argument_spec,
     run,
+    wishes_argument_spec,
 )
 
 
@@ -142,6 +163,7 @@ def main() -> None:
         argument_spec=guests_argument_spec(
             guests={"type": "list", "elements": "str", "default": []},
             qemu_binary={"type": "path", "required": True},
+            **wishes_argument_spec(),
         ),
         supports_check_mode=True,
     )

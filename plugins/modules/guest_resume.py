@@ -46,6 +46,18 @@ options:
         in the old one. It takes milliseconds where nothing is wrong.
     type: float
     default: 2.0
+  heartbeat_command:
+    description:
+      - A shell command on the hypervisor that succeeds if the guest is well, with its name as
+        C($1). It is tried until O(heartbeat_timeout) after the switch, and the old QEMU is ended only
+        once it has succeeded.
+      - The guest agent (qemu-ga) is asked too, without any option, if it answered before the switch.
+    type: str
+  heartbeat_timeout:
+    description:
+      - Seconds in which the agent must answer, and in which O(heartbeat_command) must succeed.
+    type: float
+    default: 10.0
 author:
   - vmfleet.cpr contributors (@vmfleet)
 """
@@ -131,6 +143,8 @@ def main() -> None:
         argument_spec=guests_argument_spec(
             switch_concurrency={"type": "int", "default": 1},
             pause_limit={"type": "float", "default": 2.0},
+            heartbeat_command={"type": "str"},
+            heartbeat_timeout={"type": "float", "default": 10.0},
         ),
         supports_check_mode=True,
     )

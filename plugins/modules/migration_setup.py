@@ -12,8 +12,10 @@ version_added: 1.0.0
 description:
   - Sets the migration capabilities and parameters on both QEMUs, from what both of them offer,
     and reads them back. QEMU's two ends do not agree on these by themselves.
-  - Compares disks and devices of both, and puts the threads of the new QEMU on the host's
-    processors that the old one's have.
+  - Compares the machines that both give the guest and refuses what differs and what a guest could see:
+    machine type, accelerator, processors and their features, memory, NUMA layout, the sizes of firmware
+    and option ROMs, every device with its place and properties, virtio queues, disks and their images.
+  - Puts the threads of the new QEMU on the host's processors that the old one's have.
   - The guest runs on its old QEMU, before and after. M(vmfleet.cpr.guest_rollback) undoes this
     module.
   - The whole way is P(vmfleet.cpr.live_update#role), which calls this module as one step.
@@ -89,6 +91,14 @@ guests:
       description: Milliseconds that each phase took.
       type: dict
       sample: {launch: 61.2, transfer: 88.0, setup: 14.9, switch: 19.3, retire: 41.7}
+    agreement:
+      description:
+        - What was compared and agreed, null before. The update record has it too.
+        - C(version) is 1; a reader should refuse one that it does not know. C(mode), C(capabilities) and
+          C(parameters) are what both use, C(dropped) what an end lacks, C(compared) the codes of what was
+          looked for, C(machine) what the guest is compared with again after the switch.
+      returned: success
+      type: dict
 error:
   description: The first failure, with the same keys as in RV(guests[].error).
   returned: failure

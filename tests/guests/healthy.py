@@ -36,7 +36,7 @@ COMMAND_LINES: dict[str, tuple[str, dict[str, t.Any]]] = {
     "q35-9.0, four processors": (OLD_SUITE, {"machine": "pc-q35-9.0", "more": ["-smp", "4,sockets=2,cores=2"]}),
     "a named CPU model": (OLD_SUITE, {"accelerator": "tcg", "more": ["-cpu", "Nehalem-v1"]}),
     "a CPU with features": (OLD_SUITE, {"accelerator": "tcg", "more": ["-cpu", "qemu64,+ssse3,-svm,vendor=GenuineIntel"]}),
-    "NUMA": (OLD_SUITE, {"memory": _NUMA, "more": ["-smp", "4"], "machine": "q35"}),
+    "NUMA": (OLD_SUITE, {"memory": (), "more": [*_NUMA, "-smp", "4"]}),
     "memory slots with a DIMM": (OLD_SUITE, {"more": [
         "-m", "64M,slots=4,maxmem=1G", "-object", "memory-backend-memfd,id=d0,size=128M,share=on",
         "-device", "pc-dimm,id=dimm0,memdev=d0"]}),

@@ -14,7 +14,7 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import launch, resume, rollback, setup, transfer
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import assess, launch, resume, rollback, setup, transfer
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
 from tests.guests.guest import NEW_SUITE, OLD_SUITE, Guest, boot_sector_guest, linux_guest, qemu
 
@@ -67,12 +67,18 @@ class Host:
         defaults = {
             "guests": names, "concurrency": 4, "timeout": 30.0, "state_directory": str(self.state),
             "switch_concurrency": 1, "pause_limit": 2.0, "qemu_binary": qemu(NEW_SUITE),
+            "capabilities": {}, "parameters": {}, "when_missing": "fail",
+            "heartbeat_command": "", "heartbeat_timeout": 10.0, "rehearse": False,
         }  # fmt: skip
         return Task({**defaults, **parameters}, check_mode, is_abandoned)
 
     def launch(self, *guests: Guest | str, **parameters: t.Any) -> list[Outcome]:
         """dest_launch."""
         return asyncio.run(launch.launch_all(self.task(guests, **parameters)))
+
+    def preflight(self, *guests: Guest | str, **parameters: t.Any) -> list[Outcome]:
+        """guest_preflight."""
+        return asyncio.run(assess.assess_all(self.task(guests, **parameters)))
 
     def transfer(self, *guests: Guest | str, **parameters: t.Any) -> list[Outcome]:
         """cpr_transfer."""

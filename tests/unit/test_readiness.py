@@ -95,12 +95,40 @@ def test_a_binary_that_does_not_fit_is_refused(observation, binary, expected):
 
 def test_only_the_required_capabilities_are_on_and_only_common_ones_are_agreed():
     new = dataclasses.replace(NEW_OFFER, capabilities=CAPABILITIES - {"xbzrle"} | {"mapped-ram"})
-    assert handshake.agree_capabilities(OFFER, new) == {"events": True, "multifd": False, "return-path": True}
+    assert handshake.agree(OFFER, new).capabilities == {"events": True, "multifd": False, "return-path": True}
 
 
 def test_a_missing_required_capability_is_refused():
     with pytest.raises(CprError, match="new QEMU.*return-path"):
-        handshake.agree_capabilities(OFFER, dataclasses.replace(NEW_OFFER, capabilities=frozenset({"events"})))
+        handshake.agree(OFFER, dataclasses.replace(NEW_OFFER, capabilities=frozenset({"events"})))
+
+
+def test_wishes_are_set_if_both_ends_have_them():
+    wishes = handshake.Wishes({"multifd": True, "xbzrle": False}, {"max-bandwidth": 7})
+    new = dataclasses.replace(NEW_OFFER, parameters=frozenset({"mode", "max-bandwidth"}))
+    old = dataclasses.replace(OFFER, parameters=new.parameters)
+    agreement = handshake.agree(old, new, wishes)
+    assert agreement.capabilities == {"events": True, "multifd": True, "return-path": True, "xbzrle": False}
+    assert agreement.parameters == {"max-bandwidth": 7} and not agreement.dropped
+
+
+@pytest.mark.parametrize(
+    ("wishes", "code"),
+    [
+        (handshake.Wishes({"mapped-ram": True}), "capability-missing"),
+        (handshake.Wishes({}, {"max-postcopy": 1}), "parameter-missing"),
+        (handshake.Wishes({"events": False}), "bad-argument"),
+        (handshake.Wishes({}, {"mode": "normal"}), "bad-argument"),
+    ],
+)
+def test_wishes_that_an_end_lacks_are_refused_or_dropped(wishes, code):
+    with pytest.raises(CprError) as caught:
+        handshake.agree(OFFER, NEW_OFFER, wishes)
+    assert caught.value.code == code
+    if code != "bad-argument":
+        agreement = handshake.agree(OFFER, NEW_OFFER, dataclasses.replace(wishes, when_missing="drop"))
+        assert agreement.parameters == handshake.PARAMETERS and "mapped-ram" not in agreement.capabilities
+        assert len(agreement.dropped) == 2 and "10.0.2" in agreement.dropped[0] and "11.1.3" in agreement.dropped[1]
 
 
 def test_what_differs_is_set_and_remembered():
@@ -110,7 +138,7 @@ def test_what_differs_is_set_and_remembered():
         {"capability": "only-here", "state": True},
         {"capability": "return-path", "state": True},
     ]
-    agreed = handshake.agree_capabilities(OFFER, NEW_OFFER)
+    agreed = handshake.agree(OFFER, NEW_OFFER).capabilities
     changes = handshake.capabilities_to_set(current, agreed)
     assert changes == [
         {"capability": "events", "state": True},

@@ -27,7 +27,7 @@ async def inspect_all(task: Task) -> list[Outcome]:
     names, selected = guests.select(task.guests, guests.by_name(process.find(), task.journal))
 
     async def one(name: str) -> Outcome:
-        inspection = await preflight.inspect(selected[name])
+        inspection = await preflight.inspect(selected[name], task.journal.directory)
         update = task.journal.load(name)
         return Outcome(name, False, _sentence(inspection), update, extra=_facts(inspection, binary))
 

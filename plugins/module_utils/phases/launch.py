@@ -56,7 +56,8 @@ class Plan:
     def notes(self) -> list[str]:
         """What people should know beforehand, as sentences."""
         description = self.inspection.description
-        notes = list(description.notes) if description else []
+        notes = [*(description.notes if description else []), *self.update.dropped]
+        notes += [str(warning) for warning in self.inspection.warnings_for(self.binary)]
         if self.inspection.unit and systemd.needs_drop_in(self.inspection.unit):
             notes.append(f"The unit {self.update.unit} gets a drop-in until the next reboot (NotifyAccess=main).")
         return notes
@@ -88,8 +89,14 @@ async def launch_all(task: Task) -> list[Outcome]:
     :raises CprError: for what concerns all: the binary (`qemu_binary.probe`) or the names
         (`guests.select`).
     """
-    binary = await qemu_binary.probe(task.parameters["qemu_binary"])
+    async with qemu_binary.opened(task.parameters["qemu_binary"]) as probe:
+        return await _launch_all(task, probe)
+
+
+async def _launch_all(task: Task, probe: qemu_binary.Probe) -> list[Outcome]:
+    binary = probe.binary
     names, found = guests.select(task.guests, guests.by_name(process.find(), task.journal))
+    wishes = handshake.Wishes.of(task.parameters)
     plans: dict[str, Plan] = {}
 
     async def check(name: str) -> Outcome:
@@ -112,10 +119,10 @@ async def launch_all(task: Task) -> list[Outcome]:
             found.update(guests.select([name], guests.by_name(process.find(), task.journal))[1])
         if found[name].executable_id == binary.executable_id:
             return _outcome(name, unfinished, f"The guest runs on {binary.path} already.", news, update=earlier)
-        inspection = await preflight.inspect(found[name])
-        for blocker in inspection.blockers_for(binary):
+        inspection = await preflight.inspect(found[name], task.journal.directory)
+        for blocker in [*inspection.blockers_for(binary), *await inspection.unknown_to(probe)]:
             raise blocker
-        plans[name] = _plan(task.journal, name, inspection, binary)
+        plans[name] = _plan(task.journal, name, inspection, binary, wishes)
         plans[name].news = news
         message = " ".join(["The new QEMU would be started.", *plans[name].notes])
         return _outcome(name, True, message, news, plan=plans[name])
@@ -172,7 +179,13 @@ def _outcome(
     )
 
 
-def _plan(records: journal.Journal, name: str, inspection: preflight.Inspection, binary: offer.Binary) -> Plan:
+def _plan(
+    records: journal.Journal,
+    name: str,
+    inspection: preflight.Inspection,
+    binary: offer.Binary,
+    wishes: handshake.Wishes,
+) -> Plan:
     old = inspection.process
     observation = t.cast("t.Any", inspection.observation)
     description = t.cast("t.Any", inspection.description)
@@ -191,7 +204,9 @@ def _plan(records: journal.Journal, name: str, inspection: preflight.Inspection,
     update.unit = inspection.unit["Id"] if inspection.unit else None
     update.display, update.forwards = command.display, command.forwards
     update.renames = [(old.path(temporary), old.path(stable)) for temporary, stable in command.renames]
-    update.capabilities = handshake.agree_capabilities(observation.offer, binary.offer)
+    agreement = handshake.agree(observation.offer, binary.offer, wishes)
+    update.capabilities, update.parameters = agreement.capabilities, agreement.parameters
+    update.dropped = agreement.dropped
     monitor = t.cast(str, inspection.monitor)
     update.old = journal.Qemu(
         pid=old.identity.pid,

@@ -8,12 +8,15 @@ Private to the collection.
 
 from __future__ import annotations
 
+import contextlib
 import typing as t
 from dataclasses import dataclass, field
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     character_devices,
+    command_line,
     descriptors,
+    device_tree,
     guests,
     managers,
     namespaces,
@@ -21,6 +24,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     process,
     qemu_binary,
     readiness,
+    resources,
     systemd,
 )
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
@@ -29,6 +33,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import view
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases.describe import Description, describe
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import QemuProcess
+from ansible_collections.vmfleet.cpr.plugins.module_utils.qemu_binary import Probe
 
 
 @dataclass
@@ -54,16 +59,38 @@ class Inspection:
         judged = readiness.blockers(self.observation, mode) if self.observation else []
         return [*self.blockers, *judged]
 
-    def blockers_for(self, binary: Binary) -> list[CprError]:
-        """All that stands between the guest and a cpr-transfer to this binary."""
-        fitting = readiness.binary_blockers(self.observation, binary) if self.observation else []
-        return [*self.blockers_of("cpr-transfer"), *fitting]
+    def blockers_for(self, binary: Binary, mode: str = "cpr-transfer") -> list[CprError]:
+        """All that stands between the guest and this binary, but for `unknown_to`."""
+        fitting = readiness.binary_blockers(self.observation, binary, mode) if self.observation else []
+        return [*self.blockers_of(mode), *fitting]
+
+    async def unknown_to(self, probe: Probe) -> list[CprError]:
+        """What the guest's command line sets and a binary does not know."""
+        if not self.observation or not self.description:
+            return []
+        options = self.description.options
+        machine = f"{self.observation.machine_type}-machine"
+        drivers = [command_line.read_properties(option) for option in options if option.name == "device"]
+        kinds = {machine, *(driver.implied or driver.get("driver") or "" for driver in drivers)}
+        known = probe.binary.device_types | {machine}
+        properties = {kind: await probe.properties(kind) for kind in sorted(kinds & known)}
+        return readiness.unknown_properties(options, machine, properties)
+
+    def warnings_for(self, binary: Binary) -> list[CprError]:
+        """What does not stand in the way and should be known."""
+        observed = readiness.warnings(self.observation, binary) if self.observation else []
+        try:
+            return [*observed, *resources.warnings(self.process.identity.pid)]
+        except OSError:
+            return observed  # it is gone, or another user's
 
 
-async def inspect(qemu: QemuProcess) -> Inspection:
+async def inspect(qemu: QemuProcess, state_directory: str) -> Inspection:
     """Look at a guest's process and ask its monitor. The guest is as before.
 
     What can't be found out is a blocker, not an exception.
+
+    :param state_directory: where the update's records and sockets would be.
     """
     inspection = Inspection(qemu)
     try:
@@ -71,6 +98,8 @@ async def inspect(qemu: QemuProcess) -> Inspection:
     except CprError as error:
         inspection.blockers.append(error)
         return inspection  # its monitor is not ours to open
+    with contextlib.suppress(OSError):  # it is gone, or another user's: others will say so
+        inspection.blockers += resources.blockers(qemu.identity.pid, state_directory)
     for check in (_refuse_unsupported, _find_unit):
         try:
             await check(inspection)
@@ -147,8 +176,17 @@ async def observe(monitor: Monitor) -> readiness.Observation:
         migration=migration,
         memory_backends=await monitor.execute("query-memdev"),
         aux_ram_share=aux_ram_share,
-        block_jobs=[job["device"] for job in await monitor.execute("query-block-jobs")],
+        block_jobs=sorted(await _jobs(monitor)),
         exports=[export["id"] for export in await monitor.execute("query-block-exports")],
         offer=offer,
         blocked_reasons=blocked_reasons,
+        device_types=frozenset(device.type for device in device_tree.parse(await monitor.human("info qtree"))),
+        kvm=(await monitor.execute("query-kvm"))["enabled"],
     )
+
+
+async def _jobs(monitor: Monitor) -> set[str]:
+    """The jobs that run: those of disks, and others like a snapshot of the whole guest."""
+    running = {job["device"] for job in await monitor.execute("query-block-jobs")}
+    others = await monitor.execute("query-jobs")
+    return running | {job["id"] for job in others if job["status"] not in ("concluded", "null")}

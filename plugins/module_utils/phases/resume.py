@@ -34,6 +34,7 @@ async def resume_all(task: Task) -> list[Outcome]:
         would="The guest would be switched to the new QEMU.",
         quiet=quiet,
         pause_limit=task.parameters["pause_limit"],
+        heartbeat={"command": task.parameters["heartbeat_command"], "timeout": task.parameters["heartbeat_timeout"]},
         is_abandoned=task.is_abandoned,
     )
 
@@ -44,6 +45,7 @@ async def resume(
     timeout: float,
     quiet: Quiet,
     pause_limit: float,
+    heartbeat: t.Mapping[str, t.Any],
     is_abandoned: t.Callable[[], bool],
 ) -> Outcome:
     """Switch the guest to the new QEMU, retire the old one, restore the stable paths.
@@ -53,12 +55,14 @@ async def resume(
     :param timeout: seconds for each connection, and until the old QEMU stops the guest.
     :param quiet: shared by all guests of a task; bounds how many are switched at a time.
     :param pause_limit: seconds that the guest may stand still before the switch is undone.
+    :param heartbeat: ``command`` and ``timeout`` of `Update.heartbeat`.
     :param is_abandoned: whether whoever waits for the task is gone.
     :raises CprError: ``switch-undone``, ``run-abandoned``, or as `switch.switch` and
         `retire.retire`.
     """
     if update.phase in DONE:
         return Outcome(update.guest, False, "The guest is on the new QEMU already.", update)
+    update.heartbeat.update(heartbeat)
     if update.phase in (journal.SWITCHING, journal.SWITCHED):
         async with quiet.work():
             on_new = await recover.recover(update, timeout=timeout)

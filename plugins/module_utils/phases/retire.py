@@ -17,7 +17,7 @@ import time
 from ansible_collections.vmfleet.cpr.plugins.module_utils import journal, network, process, systemd, user_network
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, setup
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, setup, verify
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 
 # Seconds that the old QEMU gets to quit by itself before it is killed.
@@ -30,7 +30,8 @@ async def retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor 
     :param monitor: the new QEMU's.
     :param old_monitor: the old QEMU's, where it is open.
     :raises CprError: ``guest-not-running`` if the new QEMU doesn't run the guest: the old one
-        is then left as it is, stopped; ``new-qemu-gone``; ``path-not-restored``.
+        is then left as it is, stopped; ``new-qemu-gone``; ``path-not-restored``; or as
+        `verify.verify`.
     """
     old, new = failures.both(update)
     with Watch(old.identity) as old_watch, Watch(new.identity) as new_watch:
@@ -56,6 +57,8 @@ async def _retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor
             f"After the switch the guest's run state is {status}.",
             f"The old QEMU (process {old.pid}) was left stopped and must not be continued. Look at the guest.",
         )
+    if not old_watch.ended.is_set():
+        await verify.verify(update, monitor)
     problems = _copy_permissions(update)
     problems += await network.take_addresses(new.pid, update.taps)
     if update.unit:

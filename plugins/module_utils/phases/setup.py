@@ -9,32 +9,18 @@ Private to the collection.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import typing as t
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, journal, machine_view, surroundings
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
-from ansible_collections.vmfleet.cpr.plugins.module_utils.machine_view import MachineView
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, view
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, verify, view
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome
 
 DONE = (journal.SET_UP, *journal.COMMITTED)
-
-_AGAIN = "The guest runs on as before. Was something plugged, or changed, at this moment? Then run again; else leave"
-_AGAIN += " this guest out of live_update_guests, and report this."
-_HINTS = {
-    "machine-differs": _AGAIN,
-    "cpu-differs": "The guest runs on as before. Name a versioned CPU model (-cpu MODEL-v1) at its next start: host, max"
-    " and what KVM offers differ from QEMU to QEMU.",
-    "memory-differs": _AGAIN,
-    "devices-differ": _AGAIN,
-    "queues-differ": "The guest runs on as before. Take it to a QEMU that has room for them (Debian's 10.0.13 and 11.1"
-    " differ), or restart it.",
-    "disks-differ": "The guest runs on as before. Was a disk changed at this moment? Then run again; else leave this guest"
-    " out of live_update_guests, and report this.",
-}
 
 
 async def set_up(update: journal.Update, *, timeout: float) -> Outcome:
@@ -48,7 +34,9 @@ async def set_up(update: journal.Update, *, timeout: float) -> Outcome:
         what was agreed; a code of `machine_view.differences`.
     """
     if update.phase in DONE:
-        return Outcome(update.guest, False, "Both QEMUs are set up already.", update)
+        return Outcome(
+            update.guest, False, "Both QEMUs are set up already.", update, extra={"agreement": update.agreement}
+        )
     if update.phase != journal.TRANSFERRED:
         raise failures.wrong_phase(update, journal.TRANSFERRED, "cpr_transfer")
     started = time.monotonic()
@@ -57,25 +45,57 @@ async def set_up(update: journal.Update, *, timeout: float) -> Outcome:
         async with await reach.old_qemu(update, old_watch, timeout) as old_monitor:
             async with await reach.new_qemu(update, new_watch, timeout) as new_monitor:
                 current = await new_monitor.execute("query-migrate-capabilities")
-                capabilities = handshake.capabilities_to_set(current, update.capabilities)
-                if capabilities:
-                    await new_monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+                await set_capabilities("new", new_monitor, handshake.capabilities_to_set(current, update.capabilities))
                 for whose, monitor in (("old", old_monitor), ("new", new_monitor)):
-                    await _set_parameters(whose, monitor)
+                    await _set_parameters(whose, monitor, update)
                     await _compare_capabilities(whose, monitor, update)
                 before, after = await asyncio.gather(view.read(old_monitor, old.pid), view.read(new_monitor, new.pid))
-                _compare_machines(before, after)
+                for code, sentences in machine_view.differences(before, after).items():
+                    raise view.difference(code, sentences)
+                agreed = handshake.Agreement(update.capabilities, update.parameters, update.dropped)
+                update.agreement = handshake.record(agreed, machine_view.summary(before), view.HINTS)
+                update.heartbeat = {"agent": await verify.agent_answers(old_monitor, before, old.pid)}
                 await _place_threads(old_monitor, new_monitor)
     update.took("setup", started)
     update.enter(journal.SET_UP)
     names = [name for name, state in update.capabilities.items() if state]
-    return Outcome(update.guest, True, f"Both QEMUs use the capabilities {', '.join(names)}.", update)
+    message = f"Both QEMUs are the same machine and use the capabilities {', '.join(names)}."
+    return Outcome(update.guest, True, message, update, extra={"agreement": update.agreement})
 
 
-async def _set_parameters(whose: str, monitor: Monitor) -> None:
-    await monitor.execute("migrate-set-parameters", handshake.PARAMETERS)
+async def set_capabilities(whose: str, monitor: Monitor, capabilities: list[dict[str, t.Any]]) -> None:
+    """Set migration capabilities.
+
+    :param whose: ``old`` or ``new``.
+    :param capabilities: `handshake.capabilities_to_set`.
+    :raises CprError: ``capability-refused`` with QEMU's reason: some exclude each other.
+    """
+    if capabilities:
+        with _refusal("capability-refused", whose):
+            await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+
+
+@contextlib.contextmanager
+def _refusal(code: str, whose: str) -> t.Iterator[None]:
+    try:
+        yield
+    except CprError as error:
+        if error.code != "qmp-error":
+            raise
+        raise CprError(
+            code,
+            f"The {whose} QEMU does not take what was wished for the migration: {error.qemu_description}.",
+            "Mend live_update_capabilities and live_update_parameters.",
+            qemu_class=error.qemu_class,
+            qemu_description=error.qemu_description,
+        ) from error
+
+
+async def _set_parameters(whose: str, monitor: Monitor, update: journal.Update) -> None:
+    with _refusal("parameter-refused", whose):
+        await monitor.execute("migrate-set-parameters", update.parameters)
     taken = await monitor.execute("query-migrate-parameters")
-    for name, value in handshake.PARAMETERS.items():
+    for name, value in update.parameters.items():
         if taken.get(name) != value:
             raise CprError(
                 "parameters-differ",
@@ -92,17 +112,6 @@ async def _compare_capabilities(whose: str, monitor: Monitor, update: journal.Up
             "capabilities-differ",
             f"The {whose} QEMU did not take what was agreed for the migration capability {', '.join(wrong)}.",
             "The guest runs on as before. Roll back; see whether another client changes it.",
-        )
-
-
-def _compare_machines(old: MachineView, new: MachineView) -> None:
-    found = machine_view.differences(old, new)
-    for code in found:  # the first names the error
-        sentences = [sentence for several in found.values() for sentence in several]
-        raise CprError(
-            code,
-            f"The new QEMU would not be the machine that the guest knows: {'; '.join(sentences)}.",
-            _HINTS[code],
         )
 
 

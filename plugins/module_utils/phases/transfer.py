@@ -16,7 +16,7 @@ import time
 from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, journal
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, setup
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome
 
@@ -62,11 +62,10 @@ async def _prepare_old(monitor: Monitor, update: journal.Update) -> None:
     capabilities = handshake.capabilities_to_set(current, update.capabilities)
     update.restore = {
         "capabilities": handshake.capabilities_to_restore(current, capabilities),
-        "parameters": {name: parameters[name] for name in ("mode", *handshake.PARAMETERS) if name in parameters},
+        "parameters": {name: parameters[name] for name in ("mode", *update.parameters) if name in parameters},
     }
     update.enter(journal.TRANSFERRING)
-    if capabilities:
-        await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
+    await setup.set_capabilities("old", monitor, capabilities)
     await monitor.execute("migrate-set-parameters", {"mode": handshake.MODE})
     # QEMU computes the reasons for the mode that is set now.
     reasons = (await monitor.execute("query-migrate")).get("blocked-reasons")

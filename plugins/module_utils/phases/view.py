@@ -18,6 +18,29 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.machine_view import MachineView
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 
+# What to do about each code of `machine_view.differences`.
+_AGAIN = "Was something plugged, or changed, at this moment? Then run again; else leave"
+_AGAIN += " this guest out of live_update_guests, and report this."
+HINTS = {
+    "machine-differs": _AGAIN,
+    "cpu-differs": "Name a versioned CPU model (-cpu MODEL-v1) at its next start: host, max"
+    " and what KVM offers differ from QEMU to QEMU.",
+    "memory-differs": _AGAIN,
+    "devices-differ": _AGAIN,
+    "queues-differ": "Take it to a QEMU that has room for them (Debian's 10.0.13 and 11.1" " differ), or restart it.",
+    "disks-differ": "Was a disk changed at this moment? Then run again; else leave this guest"
+    " out of live_update_guests, and report this.",
+}
+
+
+def difference(code: str, sentences: t.Iterable[str]) -> CprError:
+    """What `machine_view.differences` says under one code, as an error; the guest runs as before."""
+    return CprError(
+        code,
+        f"The new QEMU would not be the machine that the guest knows: {'; '.join(sentences)}. The guest runs on as before.",
+        HINTS[code],
+    )
+
 
 async def machine_type(monitor: Monitor) -> str:
     """The versioned machine type, as it is named on a command line.

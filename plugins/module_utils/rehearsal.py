@@ -1,0 +1,86 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""The command line of a new QEMU that only rehearses: all of the guest's machine, none of its lines out.
+
+Pure functions. Private to the collection.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing as t
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils import taps
+from ansible_collections.vmfleet.cpr.plugins.module_utils.command_line import (
+    Option,
+    Properties,
+    read_properties,
+    with_property,
+)
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.new_command_line import NewCommandLine, is_cpr_leftover
+
+# What would take a line that the guest's clients use, or write where the guest's QEMU does.
+_LEFT_OUT = frozenset("monitor qmp qmp-pretty mon pidfile gdb s mem-path mem-prealloc spice vnc display".split())
+_LINES = ("serial", "parallel", "debugcon")
+_OUTSIDE = ("vfio-pci", "vfio-pci-nohotplug", "vhost-scsi-pci", "vhost-vsock-pci")
+
+
+def command_line(new: NewCommandLine, monitor: int) -> NewCommandLine:
+    """What to start so that nothing of the guest is touched.
+
+    RAM is private and not allocated before it is used; character devices lead nowhere; taps are in no
+    bridge. Images are opened as for an incoming migration, which takes no lock.
+
+    :param new: what would be started for the update.
+    :param monitor: the number of the descriptor that will be its monitor.
+    :raises CprError: ``not-rehearsed`` for what serves one QEMU at a time.
+    """
+    arguments = [Option("-display", "none")]
+    for option in new.arguments:
+        given = read_properties(option) if option.value else Properties([])
+        kind = given.implied or given.get("driver") or given.get("qom-type") or ""
+        if option.name in _LEFT_OUT or is_cpr_leftover(option):
+            continue
+        if option.name == "device" and kind in _OUTSIDE:
+            raise CprError(
+                "not-rehearsed",
+                f"The guest's {kind} serves one QEMU at a time, so the new one can't be tried beside it.",
+                "Everything else of the verdict holds.",
+            )
+        if option.name == "object" and kind.startswith("monitor-"):
+            continue
+        if option.name == "chardev":
+            mux = [("mux", "on")] if given.is_on("mux") else []
+            option = Option("-chardev", str(Properties([(None, "null"), ("id", given.get("id") or ""), *mux])))
+        elif option.name in _LINES and not (option.value or "").startswith(("chardev:", "none")):
+            option = Option(option.flag, "null")
+        elif option.name == "object" and kind.startswith("memory-backend-"):
+            option = _private_memory(option, given)
+        elif taps.is_tap(option) and given.is_on("vhost"):
+            option = with_property(with_property(option, "vhost", "off"), "vhostfds", None)
+        arguments.append(option)
+    arguments += [
+        Option("-chardev", f"socket,id=cpr_rehearsal,fd={monitor}"),
+        Option("-mon", "chardev=cpr_rehearsal,mode=control"),
+    ]
+    return dataclasses.replace(new, arguments=arguments)
+
+
+def _private_memory(option: Option, given: Properties) -> Option:
+    """Memory of the same size that nobody else has."""
+    kept: list[tuple[t.Optional[str], str]] = [
+        (key, value) for key, value in given.pairs if key in ("id", "size", "host-nodes", "policy")
+    ]
+    if (option.value or "").startswith("{"):
+        return Option(
+            option.flag,
+            json.dumps({"qom-type": "memory-backend-ram", **{key: _number(value) for key, value in kept if key}}),
+        )
+    return Option(option.flag, str(Properties([(None, "memory-backend-ram"), *kept])))
+
+
+def _number(value: str) -> int | str:
+    return int(value) if value.isdigit() else value
