@@ -53,6 +53,7 @@ faults: env qemu guests
 benchmark: env qemu guests
 	$(PYTHON) -m tests.benchmarks.live_update
 	$(PYTHON) -m tests.benchmarks.network
+	$(PYTHON) -m tests.benchmarks.handshake
 
 clean:
 	rm -rf .venv .venv-3.9 .cache .ansible

@@ -40,27 +40,33 @@ class Device:
     """One device.
 
     :ivar bus: the name of the bus that it is on.
-    :ivar place: where it is there, as ``key value`` pairs.
-    :ivar properties: its properties as ``info qtree`` prints them, without its place.
+    :ivar path: of the places from the root on: every virtio device is alone on a ``virtio-bus``.
+    :ivar properties: as ``info qtree`` prints them.
     """
 
     type: str
     id: str
     bus: str
-    place: str
-    properties: t.Mapping[str, str] = field(default_factory=dict)
+    path: tuple[str, ...] = ()
+    properties: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def place(self) -> str:
+        """Where it is on its bus, as ``key value`` pairs."""
+        return ", ".join(f"{key} {self.properties[key]}" for key in _PLACES if key in self.properties)
 
     @property
     def name(self) -> str:
         """As a person would call it."""
-        return f"{self.type}{f' ({self.id})' if self.id else ''} on {self.bus}{f', {self.place}' if self.place else ''}"
+        where = self.path[-1] if self.bus == "virtio-bus" and self.path else self.bus
+        return f"{self.type}{f' ({self.id})' if self.id else ''} on {where}{f', {self.place}' if self.place else ''}"
 
 
 def parse(text: str) -> list[Device]:
     """The devices of ``info qtree``."""
-    found: list[tuple[str, str, str, dict[str, str]]] = []
-    # What encloses the present line: (indentation, bus or None, properties or None).
-    around: list[tuple[int, str, t.Optional[dict[str, str]]]] = []
+    found: list[Device] = []
+    # What encloses the present line, each with its indentation: a bus's name, or a device.
+    around: list[tuple[int, t.Union[str, Device]]] = []
     for line in text.splitlines():
         words = line.strip()
         indentation = len(line) - len(line.lstrip())
@@ -68,14 +74,16 @@ def parse(text: str) -> list[Device]:
             around.pop()
         device = _DEVICE.fullmatch(words)
         if words.startswith(_BUS):
-            around.append((indentation, words[len(_BUS) :], None))
+            around.append((indentation, words[len(_BUS) :]))
         elif device:
-            properties: dict[str, str] = {}
-            found.append((device["type"], device["id"], around[-1][1] if around else "", properties))
-            around.append((indentation, "", properties))
-        elif around and around[-1][2] is not None:
-            _read_property(words, around[-1][2])
-    return [_device(*item) for item in found]
+            parent = around[-2][1] if len(around) > 1 else None
+            bus = str(around[-1][1]) if around else ""
+            path = (*parent.path, f"{parent.bus} {parent.place}") if isinstance(parent, Device) else ()
+            found.append(Device(device["type"], device["id"], bus, path=path))
+            around.append((indentation, found[-1]))
+        elif around and isinstance(around[-1][1], Device):
+            _read_property(words, around[-1][1].properties)
+    return found
 
 
 def _read_property(words: str, properties: dict[str, str]) -> None:
@@ -88,12 +96,6 @@ def _read_property(words: str, properties: dict[str, str]) -> None:
         properties["port"] = usb["port"]
     elif equals and " " not in name:
         properties[name] = value
-
-
-def _device(kind: str, identity: str, bus: str, properties: dict[str, str]) -> Device:
-    place = ", ".join(f"{key} {properties[key]}" for key in _PLACES if key in properties)
-    rest = {key: value for key, value in properties.items() if key not in _PLACES}
-    return Device(kind, identity, bus, place, rest)
 
 
 def differences(old: t.Iterable[Device], new: t.Iterable[Device]) -> list[str]:
@@ -109,12 +111,16 @@ def differences(old: t.Iterable[Device], new: t.Iterable[Device]) -> list[str]:
     return [sentence for before, after in groups.values() for sentence in _compare_alike(before, after)]
 
 
+def _place(device: Device) -> tuple[str, ...]:
+    return (*device.path, f"{device.bus} {device.place}")
+
+
 def _compare_alike(before: list[Device], after: list[Device]) -> t.Iterator[str]:
     """Compare devices of one type and id: first those at the same place, then the others."""
     after = list(after)
     moved = []
     for device in before:
-        same = next((item for item in after if (item.bus, item.place) == (device.bus, device.place)), None)
+        same = next((item for item in after if _place(item) == _place(device)), None)
         if same is None:
             moved.append(device)
         else:

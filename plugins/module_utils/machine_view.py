@@ -105,16 +105,16 @@ def differences(old: MachineView, new: MachineView) -> dict[str, list[str]]:
             *_differing(old.memory, new.memory, "of memory"),
             *_differing(_numbered("memory device", dict(enumerate(old.memory_devices))),
                         _numbered("memory device", dict(enumerate(new.memory_devices)))),
-            *_differing(old.memory_blocks, new.memory_blocks, "(bytes of memory)"),
             *_differing({"NUMA layout": old.numa}, {"NUMA layout": new.numa}),
         ],
-        "devices-differ": device_tree.differences(old.devices, new.devices),
-        "queues-differ": list(_differing_queues(old.queues, new.queues)),
         "disks-differ": [
             sentence
             for name in sorted({*old.disks, *new.disks})
             for sentence in _differing_disk(name, old.disks.get(name), new.disks.get(name))
         ],
+        "devices-differ": device_tree.differences(old.devices, new.devices),
+        "queues-differ": list(_differing_queues(old.queues, new.queues)),
+        "firmware-differs": list(_differing(old.memory_blocks, new.memory_blocks, "(bytes of RAM or ROM)")),
     }  # fmt: skip
     return {code: sentences for code, sentences in found.items() if sentences}
 
@@ -126,7 +126,7 @@ def summary(view: MachineView) -> dict[str, t.Any]:
         "processors": len(view.processors),
         "memory": dict(view.memory),
         "disks": {name: dict(disk) for name, disk in view.disks.items()},
-        "cards": {device.name: device.properties["mac"] for device in view.devices if "mac" in device.properties},
+        "cards": sorted(device.properties["mac"].strip('"') for device in view.devices if "mac" in device.properties),
         "devices": len(view.devices),
     }
 

@@ -25,6 +25,8 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.new_command_line impor
 # What would take a line that the guest's clients use, or write where the guest's QEMU does.
 _LEFT_OUT = frozenset("monitor qmp qmp-pretty mon pidfile gdb s mem-path mem-prealloc spice vnc display".split())
 _LINES = ("serial", "parallel", "debugcon")
+# What stands in nobody's way.
+NOT_REHEARSED = "not-rehearsed"
 _OUTSIDE = ("vfio-pci", "vfio-pci-nohotplug", "vhost-scsi-pci", "vhost-vsock-pci")
 
 
@@ -46,7 +48,7 @@ def command_line(new: NewCommandLine, monitor: int) -> NewCommandLine:
             continue
         if option.name == "device" and kind in _OUTSIDE:
             raise CprError(
-                "not-rehearsed",
+                NOT_REHEARSED,
                 f"The guest's {kind} serves one QEMU at a time, so the new one can't be tried beside it.",
                 "Everything else of the verdict holds.",
             )

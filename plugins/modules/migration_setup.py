@@ -12,9 +12,10 @@ version_added: 1.0.0
 description:
   - Sets the migration capabilities and parameters on both QEMUs, from what both of them offer,
     and reads them back. QEMU's two ends do not agree on these by themselves.
-  - Compares the machines that both give the guest and refuses what differs and what a guest could see:
-    machine type, accelerator, processors and their features, memory, NUMA layout, the sizes of firmware
-    and option ROMs, every device with its place and properties, virtio queues, disks and their images.
+  - Compares the machines that both give the guest, and refuses what differs and what a guest could see.
+    That is machine type, accelerator, processors and their features, memory, NUMA layout, the sizes of
+    firmware and option ROMs, every device with its place and properties, virtio queues, disks and
+    their images.
   - Puts the threads of the new QEMU on the host's processors that the old one's have.
   - The guest runs on its old QEMU, before and after. M(vmfleet.cpr.guest_rollback) undoes this
     module.

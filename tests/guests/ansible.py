@@ -25,16 +25,17 @@ def live_update(
     guests: t.Sequence[str],
     *words: str,
     python: str = HYPERVISOR_PYTHON,
+    playbook: str = "live_update",
     **variables: t.Any,
 ) -> subprocess.CompletedProcess[str]:
-    """Run the playbook vmfleet.cpr.live_update on this machine.
+    """Run a playbook of the collection on this machine.
 
     :param state: the state directory.
     :param words: further arguments of ``ansible-playbook``.
     :param python: the Python that the modules run on.
     :param variables: further ``live_update_*`` variables, without the prefix.
     """
-    words = (*_playbook(binary, state, guests, variables), *words)
+    words = (*_playbook(binary, state, guests, variables, playbook), *words)
     return _run("ansible-playbook", *words, python=python)
 
 
@@ -54,10 +55,16 @@ def start_live_update(
     )  # fmt: skip
 
 
-def _playbook(binary: str, state: pathlib.Path, guests: t.Sequence[str], variables: dict[str, t.Any]) -> list[str]:
+def _playbook(
+    binary: str,
+    state: pathlib.Path,
+    guests: t.Sequence[str],
+    variables: dict[str, t.Any],
+    playbook: str = "live_update",
+) -> list[str]:
     values = {"qemu_binary": binary, "state_directory": str(state), "guests": guests, **variables}
     extra = {f"live_update_{name}": value for name, value in values.items()}
-    return ["vmfleet.cpr.live_update", "-e", json.dumps(extra)]
+    return [f"vmfleet.cpr.{playbook}", "-e", json.dumps(extra)]
 
 
 def module(name: str, arguments: dict[str, t.Any], *words: str) -> dict[str, t.Any]:

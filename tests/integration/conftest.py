@@ -14,7 +14,14 @@ import typing as t
 
 import pytest
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import assess, launch, resume, rollback, setup, transfer
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import (
+    assess,
+    launch,
+    resume,
+    rollback,
+    setup,
+    transfer,
+)
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
 from tests.guests.guest import NEW_SUITE, OLD_SUITE, Guest, boot_sector_guest, linux_guest, qemu
 

@@ -248,3 +248,34 @@ def test_the_new_qemu_has_the_old_ones_command_line(start, tmp_path):
     assert len(before) == len(after) - 5
     with Qmp(guest.monitor) as monitor:
         assert monitor.execute("query-name")["name"] == "web1"
+
+
+@pytest.mark.parametrize("words", [(), ("--check",)])
+def test_the_preflight_playbook_judges_and_leaves_all_as_it_is(start, tmp_path, words):
+    ready = start("ready", more=["-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n"])
+    private = start("private", memory=())
+    before = {guest.name: (guest.pid(), sorted(os.listdir(guest.directory))) for guest in (ready, private)}
+    state = tmp_path / "state"
+    run = live_update(
+        qemu(NEW_SUITE), state, ["ready", "private"], *words, playbook="preflight", rehearse=True,
+        capabilities={"xbzrle": True}, timeout=20,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert recap(run) == {"changed": 0, "failed": 0}
+    assert "The guest can go from QEMU 10.0.2 to 11.1.3 by cpr-transfer." in run.stdout
+    assert "memory-backend-memfd" in run.stdout and "[memory-not-shared]" in run.stdout
+    assert {g.name: (g.pid(), sorted(os.listdir(g.directory))) for g in (ready, private)} == before
+    assert not state.exists()
+    with Qmp(ready.monitor) as monitor:
+        assert monitor.execute("query-migrate-parameters")["mode"] == "normal"
+
+
+def test_preflight_names_what_the_new_binary_lacks(start, tmp_path):
+    """Of the QEMUs at hand only older ones lack a device."""
+    guest = start("web1", more=["-device", "igb", "-device", "virtio-rng-pci,x-pcie-flr-init=on"])
+    answer = module(
+        "guest_preflight", {"guests": ["web1"], "qemu_binary": qemu("bookworm"), "state_directory": str(tmp_path)}
+    )
+    codes = {reason["code"] for reason in answer["guests"][0]["modes"]["cpr-reboot"]["reasons"]}
+    assert {"machine-type-missing", "mode-missing", "device-missing"} <= codes
+    assert guest.status() == "running" and not answer["changed"]

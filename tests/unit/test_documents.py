@@ -8,11 +8,16 @@ from __future__ import annotations
 import pathlib
 import re
 
+import pytest
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import view
+
 TOP = pathlib.Path(__file__).resolve().parents[2]
 
 
-def test_every_row_about_guests_has_a_test_that_is_there():
-    page = (TOP / "docs" / "guests.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["guests.md", "handshake.md"])
+def test_every_row_has_a_test_that_is_there(name):
+    page = (TOP / "docs" / name).read_text(encoding="utf-8")
     tests = set()
     for path in (TOP / "tests").glob("*/test_*.py"):
         tests |= set(re.findall(r"def (test_\w+)", path.read_text(encoding="utf-8")))
@@ -28,3 +33,4 @@ def test_every_error_code_is_explained():
     for path in (TOP / "plugins").glob("**/*.py"):
         for code in re.findall(r'CprError\(\s*"([a-z-]+)"', path.read_text(encoding="utf-8")):
             assert f"`{code}`" in page, f"{code} ({path.name})"
+    assert [code for code in view.HINTS if f"`{code}`" not in page] == []

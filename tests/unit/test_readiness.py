@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, readiness
+from ansible_collections.vmfleet.cpr.plugins.module_utils import command_line, handshake, readiness
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary, Offer, read_schema
 
@@ -91,6 +92,57 @@ def test_cpr_reboot_takes_private_memory_and_cpr_exec_does_not():
 )
 def test_a_binary_that_does_not_fit_is_refused(observation, binary, expected):
     assert [blocker.code for blocker in readiness.binary_blockers(observation, binary)] == expected
+
+
+def test_a_binary_without_a_device_or_kvm_is_refused_and_a_deprecated_machine_type_is_not():
+    observation = dataclasses.replace(READY, device_types=frozenset({"ich9-ahci", "igb"}), kvm=True)
+    binary = dataclasses.replace(BINARY, device_types=frozenset({"ich9-ahci"}), kvm=False)
+    missing, accelerator = readiness.binary_blockers(observation, binary)
+    assert missing.code == "device-missing" and ": igb." in missing.message
+    assert accelerator.code == "accelerator-missing"
+    old = dataclasses.replace(BINARY, deprecated=frozenset({"pc-q35-10.0"}))
+    assert readiness.binary_blockers(READY, old) == []
+    assert [warning.code for warning in readiness.warnings(READY, old)] == ["machine-type-deprecated"]
+    paused = dataclasses.replace(READY, run_state="paused")
+    assert [warning.code for warning in readiness.warnings(paused, BINARY)] == ["guest-paused"]
+
+
+def test_an_older_qemu_is_in_the_way_of_all_modes_but_cpr_reboot():
+    older = dataclasses.replace(BINARY, offer=dataclasses.replace(NEW_OFFER, version=(9, 2, 0)))
+    assert readiness.binary_blockers(READY, older, "cpr-reboot") == []
+    for mode in ("cpr-transfer", "cpr-exec"):
+        assert [blocker.code for blocker in readiness.binary_blockers(READY, older, mode)] == ["older-qemu"]
+
+
+def test_qemus_own_reasons_are_told_for_their_mode_only():
+    observation = dataclasses.replace(READY, blocked_reasons={"cpr-transfer": ["no"], "cpr-reboot": []})
+    (blocker,) = readiness.blockers(observation, "cpr-transfer")
+    assert (blocker.code, blocker.qemu_description) == ("migration-blocked", "no")
+    assert readiness.blockers(observation, "cpr-reboot") == []
+
+
+def test_while_something_migrates_no_mode_is_tried_and_none_is_said_to_be_missing():
+    assert not readiness.may_try_modes("running", "active") and not readiness.may_try_modes("inmigrate", None)
+    busy = dataclasses.replace(READY, migration="active", offer=dataclasses.replace(OFFER, modes=frozenset()))
+    assert [blocker.code for blocker in readiness.blockers(busy, "cpr-transfer")] == ["already-migrating"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["-device", "e1000,netdev=n,id=x,bus=pci.0,addr=3"], None),
+        (["-device", '{"driver":"e1000","netdev":"n","speed":1000}'], "e1000 does not have .*: speed"),
+        (["-device", "virtio-blk,drive=d,future=on"], None),  # an alias: nobody knows of what
+        (["-machine", "q35,accel=kvm,kernel_irqchip=split,smm=on,memory-backend=m"], None),
+        (["-M", "q35", "-machine", "wdat=on,smm=off"], "pc-q35-10.0-machine does not have .*: wdat"),
+        (["-netdev", "user,id=n"], None),
+    ],
+)
+def test_what_a_command_line_sets_and_a_binary_does_not_know(words, told):
+    properties = {"e1000": {"netdev", "addr", "mac"}, "pc-q35-10.0-machine": {"smm", "memory-backend"}}
+    found = readiness.unknown_properties(command_line.parse(words), "pc-q35-10.0-machine", properties)
+    assert [blocker.code for blocker in found] == (["property-missing"] if told else [])
+    assert not told or re.search(told, found[0].message)
 
 
 def test_only_the_required_capabilities_are_on_and_only_common_ones_are_agreed():

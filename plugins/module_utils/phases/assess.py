@@ -10,8 +10,16 @@ from __future__ import annotations
 
 import typing as t
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import guests, handshake, process, qemu_binary, readiness
+from ansible_collections.vmfleet.cpr.plugins.module_utils import (
+    guests,
+    handshake,
+    process,
+    qemu_binary,
+    readiness,
+    rehearsal,
+)
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import preflight, rehearse
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
 
@@ -27,12 +35,14 @@ async def assess_all(task: Task) -> list[Outcome]:
 
         async def one(name: str) -> Outcome:
             inspection = await preflight.inspect(selected[name], task.journal.directory)
-            everywhere = await _whatever_the_mode(inspection, probe, wishes)
+            blockers = await _whatever_the_mode(inspection, probe, wishes)
+            warnings = inspection.warnings_for(probe.binary)
             if task.parameters["rehearse"] and inspection.description:
-                everywhere += await rehearse.rehearse(
+                for item in await rehearse.rehearse(
                     selected[name], inspection.description, probe.binary.path, timeout=task.timeout
-                )
-            return _outcome(name, inspection, probe.binary, everywhere)
+                ):
+                    (warnings if item.code == rehearsal.NOT_REHEARSED else blockers).append(item)
+            return _outcome(name, inspection, probe.binary, blockers, warnings)
 
         return await task.for_each(names, "preflight", one)
 
@@ -49,12 +59,23 @@ async def _whatever_the_mode(
     return found
 
 
-def _outcome(name: str, inspection: preflight.Inspection, binary: t.Any, everywhere: list[CprError]) -> Outcome:
+def _outcome(
+    name: str,
+    inspection: preflight.Inspection,
+    binary: Binary,
+    everywhere: list[CprError],
+    warnings: list[CprError],
+) -> Outcome:
+    """Both sides of the judgement.
+
+    :param everywhere: what stands in the way, whatever the mode.
+    :param warnings: what does not, and should be known.
+    """
     up_to_date = inspection.process.executable_id == binary.executable_id
+    warnings = [] if up_to_date else warnings
     modes = {}
     for mode in readiness.MODES:
         blockers = [] if up_to_date else [*inspection.blockers_for(binary, mode), *everywhere]
-        warnings = [] if up_to_date else inspection.warnings_for(binary)
         modes[mode] = {
             "verdict": "blocked" if blockers else "warning" if warnings else "ready",
             "reasons": [
@@ -78,7 +99,9 @@ def _as_dict(item: CprError) -> dict[str, str]:
     return {"code": item.code, "message": item.message, "hint": item.hint}
 
 
-def _sentence(inspection: preflight.Inspection, binary: t.Any, verdict: t.Mapping[str, t.Any], up_to_date: bool) -> str:
+def _sentence(
+    inspection: preflight.Inspection, binary: Binary, verdict: t.Mapping[str, t.Any], up_to_date: bool
+) -> str:
     if up_to_date:
         return f"The guest runs on {binary.path} already."
     seen = inspection.observation

@@ -33,7 +33,7 @@ READ_ONLY = frozenset("""
     query-xen-replication-status query-yank trace-event-get-state x-debug-query-block-graph
     x-query-interrupt-controllers x-query-irq x-query-jit x-query-numa x-query-opcount
     x-query-profile x-query-ramblock x-query-rdma x-query-roms x-query-usb x-query-virtio
-    x-query-virtio-queue-element x-query-virtio-queue-status x-query-virtio-status
+    x-query-virtio-queue-element x-query-virtio-queue-status
     x-query-virtio-vhost-queue-status
     """.split())
 

@@ -19,17 +19,20 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.machine_view import Ma
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 
 # What to do about each code of `machine_view.differences`.
-_AGAIN = "Was something plugged, or changed, at this moment? Then run again; else leave"
-_AGAIN += " this guest out of live_update_guests, and report this."
+_AGAIN = (
+    "Was something plugged, or changed, at this moment? Then run again; else leave this guest out of"
+    " live_update_guests, and report this."
+)
 HINTS = {
     "machine-differs": _AGAIN,
-    "cpu-differs": "Name a versioned CPU model (-cpu MODEL-v1) at its next start: host, max"
-    " and what KVM offers differ from QEMU to QEMU.",
+    "cpu-differs": "Name a versioned CPU model (-cpu MODEL-v1) at its next start: host, max and what KVM offers differ"
+    " from QEMU to QEMU.",
     "memory-differs": _AGAIN,
+    "disks-differ": _AGAIN,
     "devices-differ": _AGAIN,
-    "queues-differ": "Take it to a QEMU that has room for them (Debian's 10.0.13 and 11.1" " differ), or restart it.",
-    "disks-differ": "Was a disk changed at this moment? Then run again; else leave this guest"
-    " out of live_update_guests, and report this.",
+    "queues-differ": "Take it to a QEMU that has room for them (Debian's 10.0.13 and 11.1 differ), or restart it.",
+    "firmware-differs": "Give the new QEMU the firmware and option ROMs that the guest was started with (the old build's"
+    " files, by -L or romfile=), or restart the guest.",
 }
 
 
