@@ -21,9 +21,10 @@ def rehearsed(*words):
     ("words", "expected"),
     [
         (["-qmp", "unix:/run/g.qmp,server=on,wait=off", "-monitor", "stdio", "-pidfile", "/run/g.pid"], []),
-        (["-vnc", ":1", "-gdb", "tcp::1234", "-mem-path", "/dev/hugepages", "-mem-prealloc"], []),
+        (["-vnc", ":1", "-mem-path", "/dev/hugepages", "-mem-prealloc"], []),
         (["-chardev", "socket,id=c,path=/run/c,server=on,wait=off,mux=on"], ["-chardev", "null,id=c,mux=on"]),
-        (["-serial", "file:/var/log/g", "-serial", "chardev:c"], ["-serial", "null", "-serial", "chardev:c"]),
+        (["-serial", "null", "-serial", "chardev:c"], ["-serial", "null", "-serial", "chardev:c"]),
+        (["-serial", "file:/var/log/g"], ["-chardev", "null,id=serial0", "-serial", "chardev:serial0"]),
         (
             ["-object", "memory-backend-file,id=ram0,size=64M,mem-path=/dev/shm/g,share=on,prealloc=on"],
             ["-object", "memory-backend-ram,id=ram0,size=64M"],

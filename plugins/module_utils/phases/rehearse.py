@@ -77,7 +77,11 @@ async def _rehearse(
     log = os.path.join(directory, "qemu.log")
     taps = [dataclasses.replace(tap, temporary=f"{tap.temporary}r") for tap in description.running.taps]
     renamed = {tap.temporary: f"{tap.temporary}r" for tap in description.running.taps}
-    wanted = [dataclasses.replace(item, tap=renamed.get(item.tap or "")) for item in command.descriptors]
+    wanted = [
+        dataclasses.replace(item, tap=renamed.get(item.tap or ""))
+        for item in command.descriptors
+        if item.number > 2  # the guest's console may be there
+    ]
     with descriptors.opened(wanted, taps, qemu.identity) as held:
         held = {**held, _MONITOR: theirs.fileno()}
         with launcher.Prepared(binary, command_line.write(command.arguments), around, log, held) as child:
