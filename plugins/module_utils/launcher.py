@@ -9,6 +9,7 @@ Private to the collection.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import select
@@ -19,6 +20,8 @@ import typing as t
 from ansible_collections.vmfleet.cpr.plugins.module_utils import process
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.surroundings import Surroundings
+
+_PR_SET_PDEATHSIG = 1
 
 
 class Prepared:
@@ -38,11 +41,14 @@ class Prepared:
         surroundings: Surroundings,
         log: str,
         descriptors: t.Mapping[int, int] = types.MappingProxyType({}),
+        *,
+        ends_with_us: bool = False,
     ) -> None:
         """Fork.
 
         :param log: where its standard output and error go; appended to.
         :param descriptors: ours that it gets, by the numbers at which it gets them.
+        :param ends_with_us: whether the kernel shall kill it when this process ends.
         """
         self._binary = binary
         waiting, self._go = os.pipe2(os.O_CLOEXEC)
@@ -63,6 +69,8 @@ class Prepared:
                 for number, ours in kept.items():
                     os.dup2(ours, number)
                 surroundings.enter()
+                if ends_with_us:  # only now: whoever becomes another user loses it (prctl(2))
+                    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
                 os.execve(binary, [binary, *arguments], surroundings.environment)
             except (OSError, ValueError) as error:
                 os.write(failed, str(error).encode())

@@ -23,8 +23,10 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.new_command_line import NewCommandLine, is_cpr_leftover
 
 # What would take a line that the guest's clients use, or write where the guest's QEMU does.
-_LEFT_OUT = frozenset("monitor qmp qmp-pretty mon pidfile gdb s mem-path mem-prealloc spice vnc display".split())
+# The name too: nobody shall take it for the guest.
+_LEFT_OUT = frozenset("name monitor qmp qmp-pretty mon pidfile gdb s mem-path mem-prealloc spice vnc display".split())
 _LINES = ("serial", "parallel", "debugcon")
+_OWN_NETWORKS = ("user", "tap", "hubport")
 # What stands in nobody's way.
 NOT_REHEARSED = "not-rehearsed"
 _OUTSIDE = ("vfio-pci", "vfio-pci-nohotplug", "vhost-scsi-pci", "vhost-vsock-pci")
@@ -43,7 +45,7 @@ def command_line(new: NewCommandLine, monitor: int) -> NewCommandLine:
     arguments = [Option("-display", "none")]
     for option in new.arguments:
         given = read_properties(option) if option.value else Properties([])
-        kind = given.implied or given.get("driver") or given.get("qom-type") or ""
+        kind = given.implied or given.get("driver") or given.get("qom-type") or given.get("type") or ""
         if option.name in _LEFT_OUT or is_cpr_leftover(option):
             continue
         if option.name == "device" and kind in _OUTSIDE:
@@ -52,13 +54,20 @@ def command_line(new: NewCommandLine, monitor: int) -> NewCommandLine:
                 f"The guest's {kind} serves one QEMU at a time, so the new one can't be tried beside it.",
                 "Everything else of the verdict holds.",
             )
-        if option.name == "object" and kind.startswith("monitor-"):
-            continue
+        if option.name == "object" and kind.startswith(("monitor-", "filter-")):
+            continue  # filters write and read files and lines
         if option.name == "chardev":
             mux = [("mux", "on")] if given.is_on("mux") else []
             option = Option("-chardev", str(Properties([(None, "null"), ("id", given.get("id") or ""), *mux])))
         elif option.name in _LINES and not (option.value or "").startswith(("chardev:", "none")):
             option = Option(option.flag, "null")
+        elif option.name == "audiodev":
+            option = Option("-audiodev", str(Properties([(None, "none"), ("id", given.get("id") or "")])))
+        elif option.name == "netdev" and kind not in _OWN_NETWORKS:
+            # At the other end of its line another client might not be welcome.
+            option = Option(
+                "-netdev", str(Properties([(None, "hubport"), ("id", given.get("id") or ""), ("hubid", "99")]))
+            )
         elif option.name == "object" and kind.startswith("memory-backend-"):
             option = _private_memory(option, given)
         elif taps.is_tap(option) and given.is_on("vhost"):

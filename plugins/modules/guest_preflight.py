@@ -48,6 +48,8 @@ options:
       - Whether to start the new QEMU with each guest's command line. It gets RAM of its own, which it
         does not fill, taps in no bridge and none of the guest's sockets and ports; it opens the
         guest's images without a lock, runs no instruction, and is ended within a second or so.
+      - Instead of connections to other programs (character devices, sound, networks other than taps and
+        user networks) it has empty ones.
       - VFIO devices serve one QEMU at a time; a guest with one is not rehearsed, and its verdict
         says so.
     type: bool

@@ -24,6 +24,10 @@ def rehearsed(*words):
         (["-vnc", ":1", "-mem-path", "/dev/hugepages", "-mem-prealloc"], []),
         (["-chardev", "socket,id=c,path=/run/c,server=on,wait=off,mux=on"], ["-chardev", "null,id=c,mux=on"]),
         (["-serial", "null", "-serial", "chardev:c"], ["-serial", "null", "-serial", "chardev:c"]),
+        (["-audiodev", "wav,id=a,path=/var/log/g.wav"], ["-audiodev", "none,id=a"]),
+        (["-netdev", "stream,id=n,addr.type=unix,addr.path=/run/passt"], ["-netdev", "hubport,id=n,hubid=99"]),
+        (["-netdev", '{"type":"user","id":"n"}'], ["-netdev", '{"type":"user","id":"n"}']),
+        (["-name", "guest=g", "-object", "filter-dump,id=f,netdev=n,file=/var/log/g.pcap"], []),
         (["-serial", "file:/var/log/g"], ["-chardev", "null,id=serial0", "-serial", "chardev:serial0"]),
         (
             ["-object", "memory-backend-file,id=ram0,size=64M,mem-path=/dev/shm/g,share=on,prealloc=on"],

@@ -84,7 +84,8 @@ async def _rehearse(
     ]
     with descriptors.opened(wanted, taps, qemu.identity) as held:
         held = {**held, _MONITOR: theirs.fileno()}
-        with launcher.Prepared(binary, command_line.write(command.arguments), around, log, held) as child:
+        words = command_line.write(command.arguments)
+        with launcher.Prepared(binary, words, around, log, held, ends_with_us=True) as child:
             child.start(timeout)
     theirs.close()
     with process.Watch(child.identity) as watch:
