@@ -78,8 +78,8 @@ def _memory_left(pid: int) -> t.Iterator[tuple[str, int]]:
             except OSError:
                 break  # no such controller, or another mount of it
             if limit.strip() != "max":
-                inactive = next(int(item.split()[1]) for item in stat.splitlines() if item.startswith("inactive_file "))
-                yield f"the cgroup {path}", int(limit) - int(used) + inactive
+                droppable = sum(int(item.split()[1]) for item in stat.splitlines() if item.startswith("inactive_file "))
+                yield f"the cgroup {path}", int(limit) - int(used) + droppable
             path = os.path.dirname(path)
 
 
