@@ -29,6 +29,7 @@ _PLACES = ("addr", "port", "channel", "scsi-id", "lun", "nr", "unit", "iobase", 
 _UNSEEN = frozenset(
     (
         *("MCFG", "smb_io_base", "busnr"),  # registers that the guest's firmware sets: state, not shape
+        *("cyls", "heads", "secs"),  # guessed from the disk's partitions when its QEMU starts, for a BIOS
         "drive",  # the name of a block node, which a snapshot changes; the images are compared by themselves
         "chardev",  # the host's end of a line, which is named anew where the command line gave no name
     )

@@ -11,6 +11,8 @@ from __future__ import annotations
 import typing as t
 from dataclasses import dataclass, field
 
+from ansible.module_utils.parsing.convert_bool import boolean
+
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Offer
 
@@ -30,6 +32,8 @@ PARAMETERS: dict[str, t.Any] = {"max-bandwidth": 0}
 
 # What the user can't choose: the mode is the update itself.
 _RESERVED_PARAMETERS = ("mode",)
+# With these the guest would wait, stopped, for a command that nobody sends, or run on the wrong memory.
+_IMPOSSIBLE_CAPABILITIES = ("background-snapshot", "pause-before-switchover", "postcopy-ram", "x-colo")
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,15 @@ class Wishes:
 
     @classmethod
     def of(cls, parameters: t.Mapping[str, t.Any]) -> Wishes:
-        """Those of a module's parameters."""
-        return cls(*(parameters[name] for name in ("capabilities", "parameters", "when_missing")))
+        """Those of a module's parameters.
+
+        :raises CprError: ``bad-argument`` for a capability that is neither on nor off.
+        """
+        try:
+            capabilities = {name: boolean(state) for name, state in parameters["capabilities"].items()}
+        except TypeError as error:
+            raise CprError("bad-argument", f"A capability is true or false: {error}") from error
+        return cls(capabilities, parameters["parameters"], parameters["when_missing"])
 
 
 @dataclass(frozen=True)
@@ -76,6 +87,9 @@ def agree(old: Offer, new: Offer, wishes: Wishes = Wishes()) -> Agreement:
     for name in REQUIRED_CAPABILITIES:
         if wishes.capabilities.get(name) is False:
             raise CprError("bad-argument", f"The capability {name} can't be off: the update needs it.", "Leave it out.")
+    for name in _IMPOSSIBLE_CAPABILITIES:
+        if wishes.capabilities.get(name):
+            raise CprError("bad-argument", f"The capability {name} does not go with a live update.", "Leave it out.")
     for name in _RESERVED_PARAMETERS:
         if name in wishes.parameters:
             raise CprError("bad-argument", f"The parameter {name} is set by the update itself.", "Leave it out.")

@@ -9,7 +9,6 @@ Private to the collection.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import select
@@ -20,8 +19,6 @@ import typing as t
 from ansible_collections.vmfleet.cpr.plugins.module_utils import process
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.surroundings import Surroundings
-
-_PR_SET_PDEATHSIG = 1
 
 
 class Prepared:
@@ -70,7 +67,7 @@ class Prepared:
                     os.dup2(ours, number)
                 surroundings.enter()
                 if ends_with_us:  # only now: whoever becomes another user loses it (prctl(2))
-                    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+                    process.end_with_parent()
                 os.execve(binary, [binary, *arguments], surroundings.environment)
             except (OSError, ValueError) as error:
                 os.write(failed, str(error).encode())

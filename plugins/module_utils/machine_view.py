@@ -9,6 +9,7 @@ pause, or not at all. Pure functions. Private to the collection.
 
 from __future__ import annotations
 
+import collections
 import re
 import typing as t
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ class MachineView:
     :ivar memory: ``size``, ``max-size`` and ``slots``.
     :ivar memory_devices: type, id, slot and node of each (``query-memory-devices``).
     :ivar memory_blocks: the bytes of each RAM block, also of firmware and option ROMs.
-    :ivar numa: what ``info numa`` prints.
+    :ivar numa: the processors of each node, and its MiB without what memory devices add.
+    :ivar parts: type and id of whatever options or ``device_add`` have made, on a bus or not.
     :ivar queues: of each virtio device and queue how many entries it has and how many it may have.
     :ivar disks: of each its image, the image's backing file and its size in bytes.
     """
@@ -46,7 +48,8 @@ class MachineView:
     memory: t.Mapping[str, int]
     memory_devices: t.Sequence[t.Mapping[str, t.Any]]
     memory_blocks: t.Mapping[str, int]
-    numa: str
+    numa: t.Mapping[str, t.Any]
+    parts: t.Sequence[str]
     devices: t.Sequence[Device]
     queues: t.Mapping[str, t.Sequence[tuple[int, int]]]
     disks: t.Mapping[str, t.Mapping[str, t.Any]]
@@ -60,6 +63,18 @@ def read_memory_blocks(text: str) -> dict[str, int]:
     """
     found = filter(None, map(_MEMORY_BLOCK.fullmatch, text.splitlines()[1:]))
     return {match["name"]: int(match["size"], 16) for match in found}
+
+
+def read_numa(text: str) -> dict[str, t.Any]:
+    """The nodes of ``info numa``, their sizes less what is plugged: of virtio-mem that is the guest's state."""
+    found: dict[str, t.Any] = {}
+    for node, what, value in re.findall(r"^node (\d+) (\w+): *(.*)$", text, re.MULTILINE):
+        if what == "cpus":
+            found[f"processors of node {node}"] = value
+        elif what in ("size", "plugged"):
+            name = f"MiB of node {node}"
+            found[name] = found.get(name, 0) + (1 if what == "size" else -1) * int(value.split()[0])
+    return found
 
 
 def read_feature_words(words: t.Iterable[t.Mapping[str, t.Any]]) -> dict[str, int]:
@@ -105,18 +120,24 @@ def differences(old: MachineView, new: MachineView) -> dict[str, list[str]]:
             *_differing(old.memory, new.memory, "of memory"),
             *_differing(_numbered("memory device", dict(enumerate(old.memory_devices))),
                         _numbered("memory device", dict(enumerate(new.memory_devices)))),
-            *_differing({"NUMA layout": old.numa}, {"NUMA layout": new.numa}),
+            *_differing(old.numa, new.numa),
         ],
         "disks-differ": [
             sentence
             for name in sorted({*old.disks, *new.disks})
             for sentence in _differing_disk(name, old.disks.get(name), new.disks.get(name))
         ],
-        "devices-differ": device_tree.differences(old.devices, new.devices),
+        "devices-differ": device_tree.differences(old.devices, new.devices) or list(_differing_parts(old.parts, new.parts)),
         "queues-differ": list(_differing_queues(old.queues, new.queues)),
         "firmware-differs": list(_differing(old.memory_blocks, new.memory_blocks, "(bytes of RAM or ROM)")),
     }  # fmt: skip
     return {code: sentences for code, sentences in found.items() if sentences}
+
+
+def _differing_parts(old: t.Iterable[str], new: t.Iterable[str]) -> t.Iterator[str]:
+    before, after = collections.Counter(old), collections.Counter(new)
+    yield from (f"{name} is missing in the new QEMU" for name in (before - after).elements())
+    yield from (f"{name} is in the new QEMU only" for name in (after - before).elements())
 
 
 def summary(view: MachineView) -> dict[str, t.Any]:
@@ -176,7 +197,9 @@ def _differing_queues(
     do not, and 11.1 then refuses the guest in the pause.
     """
     for device, queues in old.items():
-        others = new.get(device, ())
+        if device not in new:
+            continue  # one without an id may have another number there; a missing one is told elsewhere
+        others = new[device]
         for number, (entries, dummy) in enumerate(queues):
             room = _room(number, len(queues), others)
             if entries > room:

@@ -24,6 +24,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.command_line import (
     Properties,
     machine_properties,
     read_properties,
+    with_property,
 )
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 
@@ -93,6 +94,7 @@ class Running:
     :ivar taps: for each tap backend of the command line, in order.
     :ivar fd_sets: what ``query-fdsets`` returned.
     :ivar displays: what ``query-vnc-servers`` returned.
+    :ivar generation_id: what ``query-vm-generation-id`` returned, None without that device.
     :ivar user_networks: what ``info usernet`` prints.
     """
 
@@ -102,6 +104,7 @@ class Running:
     fd_sets: t.Sequence[t.Mapping[str, t.Any]] = ()
     displays: t.Sequence[t.Mapping[str, t.Any]] = ()
     user_networks: str = ""
+    generation_id: str | None = None
 
 
 @dataclass
@@ -202,6 +205,9 @@ def make(options: t.Sequence[Option], running: Running, *, cpr_socket: str) -> N
         if option.name == "runas":  # QEMU 11.1 has this form only
             option = Option("-run-with", f"user={option.value}")
         option = character_devices.with_listener(option, running.listeners, result.descriptor)
+        if running.generation_id and option.name == "device" and _driver(option) == "vmgenid":
+            # guid=auto would be another one, and tell the guest that it is a copy of itself.
+            option = with_property(option, "guid", running.generation_id)
         if taps.is_tap(option):
             option = _with_tap(option, next(doubles), result)
         path = _bound_path(option)
@@ -231,6 +237,11 @@ def make(options: t.Sequence[Option], running: Running, *, cpr_socket: str) -> N
         Option("-incoming", json.dumps(channel, separators=(",", ":"))),
     ]
     return result
+
+
+def _driver(option: Option) -> str | None:
+    given = read_properties(option)
+    return given.implied or given.get("driver")
 
 
 def _with_tap(option: Option, tap: taps.Tap, result: NewCommandLine) -> Option:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import command_line, r
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 
 PROC = "/proc"
+_PR_SET_PDEATHSIG = 1
 # Distributions and people decorate the name: qemu-system-x86_64-11.1, .qemu-kvm-wrapped.
 _QEMU = re.compile(r"qemu-system-|qemu-kvm")
 _DELETED = " (deleted)"
@@ -288,6 +290,11 @@ def _state(pid: int) -> tuple[int, str] | None:
         return None
     fields = text.rpartition(")")[2].split()  # the name before it may hold anything
     return int(fields[19]), fields[0]
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when the thread that forked it ends; one that changes its user forgets it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def read_file(pid: int | str, name: str) -> str:

@@ -127,7 +127,13 @@ async def opened(path: str) -> t.AsyncIterator[Probe]:
         pipe, nothing = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
         try:
             child = await asyncio.create_subprocess_exec(
-                path, *words, stdin=nothing, stdout=nothing, stderr=pipe, pass_fds=[descriptor]
+                path,
+                *words,
+                stdin=nothing,
+                stdout=nothing,
+                stderr=pipe,
+                pass_fds=[descriptor],
+                preexec_fn=process.end_with_parent,
             )
         except OSError as error:
             raise CprError(

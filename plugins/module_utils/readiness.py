@@ -19,7 +19,7 @@ MODES = ("cpr-transfer", "cpr-exec", "cpr-reboot")
 
 # What -device and -machine take beside properties of the device or machine itself.
 _OF_OPTIONS = frozenset(
-    ["", "driver", "id", "bus", "type", "accel", "kernel-irqchip", "kernel_irqchip", "kvm-shadow-mem"]
+    ["", "driver", "id", "bus", "type", "accel", "kernel-irqchip", "kernel_irqchip", "kvm-shadow-mem", "kvm_shadow_mem"]
 )
 
 # "setup" to "device" and the like: something is on its way. The rest have ended.

@@ -23,13 +23,16 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.new_command_line import NewCommandLine, is_cpr_leftover
 
 # What would take a line that the guest's clients use, or write where the guest's QEMU does.
-# The name too: nobody shall take it for the guest.
-_LEFT_OUT = frozenset("name monitor qmp qmp-pretty mon pidfile gdb s mem-path mem-prealloc spice vnc display".split())
+# The name too: nobody shall take it for the guest. -overcommit mem-lock=on would fill its RAM at once.
+_LEFT_OUT = frozenset(
+    "name overcommit monitor qmp qmp-pretty mon pidfile gdb s mem-path mem-prealloc spice vnc display".split()
+)
+_OF_MEMORY = ("id", "size", "host-nodes", "policy", "x-use-canonical-path-for-ramblock-id")
 _LINES = ("serial", "parallel", "debugcon")
 _OWN_NETWORKS = ("user", "tap", "hubport")
 # What stands in nobody's way.
 NOT_REHEARSED = "not-rehearsed"
-_OUTSIDE = ("vfio-pci", "vfio-pci-nohotplug", "vhost-scsi-pci", "vhost-vsock-pci")
+_OUTSIDE = ("vfio-pci", "vfio-pci-nohotplug")
 
 
 def command_line(new: NewCommandLine, monitor: int) -> NewCommandLine:
@@ -71,7 +74,9 @@ def command_line(new: NewCommandLine, monitor: int) -> NewCommandLine:
         elif option.name == "object" and kind.startswith("memory-backend-"):
             option = _private_memory(option, given)
         elif taps.is_tap(option) and given.is_on("vhost"):
-            option = with_property(with_property(option, "vhost", "off"), "vhostfds", None)
+            for key in ("vhostfd", "vhostfds"):
+                option = with_property(option, key, None)
+            option = with_property(option, "vhost", "off")
         arguments.append(option)
     arguments += [
         Option("-chardev", f"socket,id=cpr_rehearsal,fd={monitor}"),
@@ -82,16 +87,9 @@ def command_line(new: NewCommandLine, monitor: int) -> NewCommandLine:
 
 def _private_memory(option: Option, given: Properties) -> Option:
     """Memory of the same size that nobody else has."""
-    kept: list[tuple[t.Optional[str], str]] = [
-        (key, value) for key, value in given.pairs if key in ("id", "size", "host-nodes", "policy")
-    ]
     if (option.value or "").startswith("{"):
-        return Option(
-            option.flag,
-            json.dumps({"qom-type": "memory-backend-ram", **{key: _number(value) for key, value in kept if key}}),
-        )
-    return Option(option.flag, str(Properties([(None, "memory-backend-ram"), *kept])))
-
-
-def _number(value: str) -> int | str:
-    return int(value) if value.isdigit() else value
+        tree = json.loads(option.value or "")
+        kept = {key: value for key, value in tree.items() if key in _OF_MEMORY}
+        return Option(option.flag, json.dumps({"qom-type": "memory-backend-ram", **kept}))
+    pairs: list[tuple[t.Optional[str], str]] = [(key, value) for key, value in given.pairs if key in _OF_MEMORY]
+    return Option(option.flag, str(Properties([(None, "memory-backend-ram"), *pairs])))

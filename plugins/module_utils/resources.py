@@ -34,6 +34,7 @@ def blockers(pid: int, state_directory: str) -> list[CprError]:
                     "Make room, or raise the limit: the kernel might end the guest's QEMU for it.",
                 )
             )
+    state_directory = os.path.abspath(state_directory)
     while not os.path.exists(state_directory):
         state_directory = os.path.dirname(state_directory)
     disk = os.statvfs(state_directory)
@@ -78,7 +79,11 @@ def _memory_left(pid: int) -> t.Iterator[tuple[str, int]]:
             except OSError:
                 break  # no such controller, or another mount of it
             if limit.strip() != "max":
-                droppable = sum(int(item.split()[1]) for item in stat.splitlines() if item.startswith("inactive_file "))
+                droppable = sum(
+                    int(item.split()[1])
+                    for item in stat.splitlines()
+                    if item.startswith(("inactive_file ", "active_file ", "slab_reclaimable "))
+                )
                 yield f"the cgroup {path}", int(limit) - int(used) + droppable
             path = os.path.dirname(path)
 
@@ -89,5 +94,5 @@ def _read(path: str, name: str) -> str:
 
 
 def _field(text: str, name: str) -> int:
-    """A field of a table of the kernel that counts in kB, in bytes."""
-    return next(int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith(f"{name}:"))
+    """A field of a table of the kernel that counts in kB, in bytes; 0 of a process that ends just now."""
+    return next((int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith(f"{name}:")), 0)

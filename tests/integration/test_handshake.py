@@ -240,7 +240,7 @@ def test_a_wish_that_qemu_refuses_is_told_in_its_words(start, host):
     (outcome,) = host.setup(guest)
     assert outcome.error.code == "parameter-refused" and "announce-rounds" in outcome.error.message
     host.rollback(guest)
-    host.launch(guest, capabilities={"postcopy-ram": True, "mapped-ram": True})
+    host.launch(guest, capabilities={"xbzrle": True, "mapped-ram": True})
     (outcome,) = host.transfer(guest)
     assert outcome.error.code == "capability-refused" and outcome.error.qemu_description
     host.rollback(guest)
@@ -262,13 +262,41 @@ def test_a_rehearsal_says_what_the_new_qemu_says(start, host, tmp_path):
     assert len(guest.pids()) == 1
 
 
-def test_a_guest_that_lost_a_disk_in_the_switch_is_noticed_and_its_old_qemu_kept(start, host):
-    guest = start("web1", more=DISKS)
+def test_a_disk_that_is_changed_between_setup_and_switch_is_noticed(start, host, tmp_path):
+    guest = start("web1", more=["-device", "ide-cd,bus=ide.1,id=cd0"])
+    medium = tmp_path / "medium.iso"
+    medium.write_bytes(bytes(1 << 20))
+    host.until("setup", guest)
+    with guest.qmp() as monitor:
+        monitor.execute("blockdev-change-medium", id="cd0", filename=str(medium))
+    (outcome,) = host.resume(guest)
+    assert outcome.error.code == "disks-differ" and "medium.iso" in outcome.error.message
+    host.rollback(guest)
+    host.until("resume", guest)
+    guest.wait_for_ticks()
+    guest.check_continuity()
+
+
+def test_a_guest_keeps_its_generation_id(start, host):
+    """A new one would tell it that it is a copy of itself."""
+    guest = start("web1", more=["-device", "vmgenid,guid=auto,id=gen"])
+
+    def generation():
+        with guest.qmp() as monitor:
+            return monitor.execute("query-vm-generation-id")["guid"]
+
+    before = generation()
+    host.until("resume", guest)
+    assert generation() == before
+
+
+def test_a_guest_that_is_not_what_was_agreed_is_noticed_and_its_old_qemu_kept(start, host):
+    guest = start("web1")
     old = guest.pid()
     host.until("setup", guest)
     path = host.state / guest.name / "update.json"
     record = json.loads(path.read_text())
-    record["agreement"]["machine"]["disks"]["/machine/peripheral/db/virtio-backend"]["size"] = 4096
+    record["agreement"]["machine"]["processors"] = 4096
     path.write_text(json.dumps(record))
     (outcome,) = host.resume(guest)
     assert outcome.error.code == "guest-differs" and "4096" in outcome.error.message
@@ -285,10 +313,14 @@ def test_the_old_qemu_goes_only_after_the_heartbeat(start, host, tmp_path):
     guest = start("web1")
     old = guest.pid()
     host.until("setup", guest)
-    command = f"test -e {tmp_path}/$1.well"
+    command = f"rm {tmp_path}/$1.well"  # succeeds once
+    (outcome,) = host.resume(guest, heartbeat_command=command, heartbeat_timeout=0.5)
+    assert outcome.error.code == "heartbeat-missing" and "before the switch" in outcome.error.message
+    assert guest.status() == "running" and host.record(guest)["phase"] == "set-up"
+    (tmp_path / "web1.well").write_text("")
     (outcome,) = host.resume(guest, heartbeat_command=command, heartbeat_timeout=0.5)
     assert outcome.error.code == "heartbeat-missing" and command in outcome.error.message
-    assert is_alive(old)
+    assert is_alive(old) and host.record(guest)["phase"] == "switched"
     (tmp_path / "web1.well").write_text("")
     (outcome,) = host.resume(guest, heartbeat_command=command)
     assert not outcome.error and guest.pid() != old

@@ -170,7 +170,8 @@ def test_guest_info_says_what_runs_and_what_stands_in_the_way(start, tmp_path):
     assert ready["binary"] == qemu(OLD_SUITE) and ready["binary_on_disk"] == "same"
     assert ready["modes"]["cpr-transfer"] == {"ready": True, "blockers": []}
     assert ready["wanted_version"].startswith("11.1.") and not ready["up_to_date"] and not ready["update_blockers"]
-    (blocker,) = private["modes"]["cpr-transfer"]["blockers"]
+    blocker, of_qemu = private["modes"]["cpr-transfer"]["blockers"]
+    assert of_qemu["code"] == "migration-blocked" and "share=on" in of_qemu["message"]
     assert blocker["code"] == "memory-not-shared" and "size=64M" in blocker["hint"]
     assert private["modes"]["cpr-reboot"]["ready"]
     assert not answer["changed"]

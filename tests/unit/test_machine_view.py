@@ -27,7 +27,8 @@ def view(end):
         memory={"size": 64 << 20, "max-size": 64 << 20, "slots": 0},
         memory_devices=[],
         memory_blocks=machine_view.read_memory_blocks(said["info ramblock"]),
-        numa="0 nodes\n",
+        numa={},
+        parts=["ide-hd", "virtio-net-pci", "pvpanic (panic)"],
         devices=device_tree.parse(said["info qtree"]),
         queues={"virtio-net (device[1])": [(256, 256), (256, 256), (64, 64)]},
         disks=machine_view.read_disks(said["query-block"]),
@@ -91,6 +92,20 @@ def changed(**changes):
 )
 def test_what_a_guest_would_see_is_named_with_both_values(changes, expected):
     assert changed(**changes) == expected
+
+
+def test_parts_on_no_bus_count():
+    assert changed(parts=["ide-hd", "virtio-net-pci"]) == {
+        "devices-differ": ["pvpanic (panic) is missing in the new QEMU"]
+    }
+
+
+def test_what_virtio_mem_has_plugged_is_no_shape():
+    text = "2 nodes\nnode 0 cpus: 0 1\nnode 0 size: {} MB\nnode 0 plugged: {} MB\nnode 1 cpus: 2\nnode 1 size: 32 MB\n"
+    old, new = (machine_view.read_numa(text.format(*sizes)) for sizes in ((96, 64), (32, 0)))
+    assert old == new == {
+        "processors of node 0": "0 1", "MiB of node 0": 32, "processors of node 1": "2", "MiB of node 1": 32
+    }  # fmt: skip
 
 
 def test_a_disk_with_another_image_is_named_with_both():

@@ -171,6 +171,7 @@ def test_wishes_are_set_if_both_ends_have_them():
         (handshake.Wishes({}, {"max-postcopy": 1}), "parameter-missing"),
         (handshake.Wishes({"events": False}), "bad-argument"),
         (handshake.Wishes({}, {"mode": "normal"}), "bad-argument"),
+        (handshake.Wishes({"pause-before-switchover": True}), "bad-argument"),
     ],
 )
 def test_wishes_that_an_end_lacks_are_refused_or_dropped(wishes, code):
@@ -181,6 +182,13 @@ def test_wishes_that_an_end_lacks_are_refused_or_dropped(wishes, code):
         agreement = handshake.agree(OFFER, NEW_OFFER, dataclasses.replace(wishes, when_missing="drop"))
         assert agreement.parameters == handshake.PARAMETERS and "mapped-ram" not in agreement.capabilities
         assert len(agreement.dropped) == 2 and "10.0.2" in agreement.dropped[0] and "11.1.3" in agreement.dropped[1]
+
+
+def test_a_capability_is_on_or_off_in_any_of_ansibles_words():
+    given = {"capabilities": {"xbzrle": "no", "multifd": "on"}, "parameters": {}, "when_missing": "fail"}
+    assert handshake.Wishes.of(given).capabilities == {"xbzrle": False, "multifd": True}
+    with pytest.raises(CprError, match="bad-argument"):
+        handshake.Wishes.of({**given, "capabilities": {"xbzrle": "perhaps"}})
 
 
 def test_what_differs_is_set_and_remembered():

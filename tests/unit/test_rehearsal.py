@@ -34,9 +34,10 @@ def rehearsed(*words):
             ["-object", "memory-backend-ram,id=ram0,size=64M"],
         ),
         (
-            ["-object", '{"qom-type":"memory-backend-memfd","id":"ram0","size":67108864,"share":true}'],
-            ["-object", '{"qom-type": "memory-backend-ram", "id": "ram0", "size": 67108864}'],
+            ["-object", '{"qom-type":"memory-backend-memfd","id":"m","size":67108864,"share":true,"host-nodes":[0]}'],
+            ["-object", '{"qom-type": "memory-backend-ram", "id": "m", "size": 67108864, "host-nodes": [0]}'],
         ),
+        (["-overcommit", "mem-lock=on"], []),
         (
             ["-blockdev", "driver=file,filename=/g.img,node-name=d", "-device", "virtio-blk-pci,drive=d"],
             ["-blockdev", "driver=file,filename=/g.img,node-name=d", "-device", "virtio-blk-pci,drive=d"],

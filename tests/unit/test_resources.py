@@ -26,7 +26,7 @@ def fixture_host(tmp_path, monkeypatch):
             cgroup.mkdir(parents=True, exist_ok=True)
             (cgroup / "memory.max").write_text(f"{values[0]}\n")
             (cgroup / "memory.current").write_text(f"{values[1]}\n")
-            (cgroup / "memory.stat").write_text(f"anon 1\ninactive_file {inactive}\n")
+            (cgroup / "memory.stat").write_text(f"anon 1\nactive_file {inactive}\n")
         monkeypatch.setattr(process, "PROC", str(tmp_path / "proc"))
         monkeypatch.setattr(resources, "_CGROUPS", str(tmp_path / "cgroup"))
         return [blocker.message for blocker in resources.blockers(7, str(tmp_path / "not" / "there"))]

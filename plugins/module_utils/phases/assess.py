@@ -37,7 +37,9 @@ async def assess_all(task: Task) -> list[Outcome]:
             inspection = await preflight.inspect(selected[name], task.journal.directory)
             blockers = await _whatever_the_mode(inspection, probe, wishes)
             warnings = inspection.warnings_for(probe.binary)
-            if task.parameters["rehearse"] and inspection.description:
+            # Not where it would take the last memory, nor where nothing is to be learnt.
+            useful = not inspection.room and not _is_up_to_date(inspection, probe.binary)
+            if task.parameters["rehearse"] and inspection.description and useful:
                 for item in await rehearse.rehearse(
                     selected[name], inspection.description, probe.binary.path, timeout=task.timeout
                 ):
@@ -45,6 +47,10 @@ async def assess_all(task: Task) -> list[Outcome]:
             return _outcome(name, inspection, probe.binary, blockers, warnings)
 
         return await task.for_each(names, "preflight", one)
+
+
+def _is_up_to_date(inspection: preflight.Inspection, binary: Binary) -> bool:
+    return inspection.process.executable_id == binary.executable_id
 
 
 async def _whatever_the_mode(
@@ -71,7 +77,7 @@ def _outcome(
     :param everywhere: what stands in the way, whatever the mode.
     :param warnings: what does not, and should be known.
     """
-    up_to_date = inspection.process.executable_id == binary.executable_id
+    up_to_date = _is_up_to_date(inspection, binary)
     warnings = [] if up_to_date else warnings
     modes = {}
     for mode in readiness.MODES:

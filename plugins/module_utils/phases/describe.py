@@ -72,6 +72,7 @@ async def describe(monitor: Monitor, qemu: QemuProcess, machine_type: str) -> De
         fd_sets=await monitor.execute("query-fdsets"),
         displays=await _optional(monitor, "query-vnc-servers", []),
         user_networks=user_networks,
+        generation_id=(await _optional(monitor, "query-vm-generation-id", {})).get("guid"),
     )
     return Description(options, running, notes)
 

@@ -43,6 +43,7 @@ class Inspection:
     :ivar monitor: the path at which its monitor answered, or None.
     :ivar observation: what the monitor said, or None where it didn't answer.
     :ivar blockers: what stands in the way, whatever the mode.
+    :ivar room: what the host lacks for a second QEMU beside it.
     :ivar unit: the systemd service that it is the main process of, or None.
     :ivar description: what the new QEMU must have like it, or None where it can't be told.
     """
@@ -51,13 +52,15 @@ class Inspection:
     monitor: str | None = None
     observation: readiness.Observation | None = None
     blockers: list[CprError] = field(default_factory=list)
+    room: list[CprError] = field(default_factory=list)
     description: t.Optional[Description] = None
     unit: t.Optional[dict[str, str]] = None
 
     def blockers_of(self, mode: str) -> list[CprError]:
         """All that stands between the guest and a mode."""
         judged = readiness.blockers(self.observation, mode) if self.observation else []
-        return [*self.blockers, *judged]
+        room = self.room if mode == "cpr-transfer" else []  # the others have one QEMU after the other
+        return [*self.blockers, *room, *judged]
 
     def blockers_for(self, binary: Binary, mode: str = "cpr-transfer") -> list[CprError]:
         """All that stands between the guest and this binary, but for `unknown_to`."""
@@ -99,7 +102,7 @@ async def inspect(qemu: QemuProcess, state_directory: str) -> Inspection:
         inspection.blockers.append(error)
         return inspection  # its monitor is not ours to open
     with contextlib.suppress(OSError):  # it is gone, or another user's: others will say so
-        inspection.blockers += resources.blockers(qemu.identity.pid, state_directory)
+        inspection.room = resources.blockers(qemu.identity.pid, state_directory)
     for check in (_refuse_unsupported, _find_unit):
         try:
             await check(inspection)
@@ -180,9 +183,16 @@ async def observe(monitor: Monitor) -> readiness.Observation:
         exports=[export["id"] for export in await monitor.execute("query-block-exports")],
         offer=offer,
         blocked_reasons=blocked_reasons,
-        device_types=frozenset(device.type for device in device_tree.parse(await monitor.human("info qtree"))),
+        device_types=await _device_types(monitor),
         kvm=(await monitor.execute("query-kvm"))["enabled"],
     )
+
+
+async def _device_types(monitor: Monitor) -> frozenset[str]:
+    """Of all devices that are on a bus, and of the first processor."""
+    processor = (await monitor.execute("query-cpus-fast"))[0]["qom-path"]
+    kind = await monitor.execute("qom-get", {"path": processor, "property": "type"})
+    return frozenset({kind, *(device.type for device in device_tree.parse(await monitor.human("info qtree")))})
 
 
 async def _jobs(monitor: Monitor) -> set[str]:

@@ -31,8 +31,8 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import view
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases.describe import Description
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import QemuProcess
 
-# Its monitor's number in the QEMU that rehearses; `new_command_line` counts from 100 on.
-_MONITOR = 99
+# Its monitor's number in the QEMU that rehearses; `new_command_line` counts from 10 on.
+_MONITOR = 9
 
 
 async def rehearse(qemu: QemuProcess, description: Description, binary: str, *, timeout: float) -> list[CprError]:
@@ -93,9 +93,10 @@ async def _rehearse(
             try:
                 monitor = await Monitor.adopt(ours, "the rehearsal's monitor", timeout)
             except CprError as error:
+                words_of_it = command_line.mask(launcher.last_words(log), command_line.secrets(description.options))
                 raise CprError(
                     "new-qemu-exited",
-                    f"{binary} does not start with the guest's command line: {launcher.last_words(log) or error}.",
+                    f"{binary} does not start with the guest's command line: {words_of_it or error}.",
                     "Mend what it names, or choose another QEMU.",
                 ) from error
             async with monitor, await guests.open_monitor(qemu) as of_guest:

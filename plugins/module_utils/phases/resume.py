@@ -15,7 +15,7 @@ import typing as t
 from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, recover, retire, switch
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, recover, retire, switch, verify
 from ansible_collections.vmfleet.cpr.plugins.module_utils.quiet import Quiet
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
 
@@ -80,6 +80,7 @@ async def resume(
         async with quiet.work():
             ends = await stack.enter_async_context(switch.open_ends(update, timeout))
             await _note_run_state(update, ends.old)
+            await verify.check_heartbeat_command(update)
         async with quiet.switch():
             if is_abandoned():
                 raise CprError(
@@ -87,6 +88,7 @@ async def resume(
                     "The guest was not switched: whoever waited for that is gone. It runs on the old QEMU.",
                     "Run again.",
                 )
+            await verify.check_unchanged(update, ends.old)
             started = time.monotonic()
             await switch.switch(update, ends, timeout=timeout, pause_limit=pause_limit)
             update.took("switch", started)

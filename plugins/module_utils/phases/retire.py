@@ -57,12 +57,14 @@ async def _retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor
             f"After the switch the guest's run state is {status}.",
             f"The old QEMU (process {old.pid}) was left stopped and must not be continued. Look at the guest.",
         )
-    if not old_watch.ended.is_set():
-        await verify.verify(update, monitor)
     problems = _copy_permissions(update)
     problems += await network.take_addresses(new.pid, update.taps)
     if update.unit:
         problems += await _hand_unit_over(update, update.unit, old_watch)
+    if not old_watch.ended.is_set():
+        # After the network and the unit: a heartbeat may need the one, and nothing that becomes of the
+        # old QEMU from here on may end the other.
+        await verify.verify(update, monitor)
     if not old_watch.ended.is_set():
         with contextlib.suppress(CprError):  # it may exit before it answers
             if old_monitor:

@@ -36,6 +36,46 @@ async def agent_answers(monitor: Monitor, machine: MachineView, pid: int, timeou
     return path is not None and await guest_agent.answers(path, timeout)
 
 
+async def check_unchanged(update: journal.Update, monitor: Monitor) -> None:
+    """See that nobody changed the guest's disks on the old QEMU since both were compared.
+
+    :param monitor: the old QEMU's.
+    :raises CprError: ``disks-differ``, ``block-job-running``.
+    """
+    if update.agreement is None:
+        return
+    agreed = update.agreement["machine"]["disks"]
+    disks = machine_view.read_disks(await monitor.execute("query-block"))
+    wrong = machine_view.summary_differences({"disk": agreed}, {"disk": disks})
+    if wrong:
+        raise CprError(
+            "disks-differ",
+            f"A disk of the guest was changed since both QEMUs were compared: {'; '.join(wrong)}. The guest runs on as"
+            " before.",
+            "Roll back, and run again.",
+        )
+    jobs = [job["device"] for job in await monitor.execute("query-block-jobs")]
+    if jobs:
+        raise CprError(
+            "block-job-running",
+            f"A block job was started since both QEMUs were compared ({', '.join(jobs)}). The guest runs on as before.",
+            "Roll back, wait for it to end, and run again.",
+        )
+
+
+async def check_heartbeat_command(update: journal.Update) -> None:
+    """See that the user's command succeeds while the guest still runs on the old QEMU.
+
+    :raises CprError: ``heartbeat-missing``.
+    """
+    if update.run_state == "running" and update.heartbeat.get("command") and not await _succeeds(update):
+        raise CprError(
+            "heartbeat-missing",
+            f"`{update.heartbeat['command']}` fails already before the switch. The guest runs on the old QEMU, as before.",
+            "Is the command right, and the guest well? Mend that, and run again.",
+        )
+
+
 async def verify(update: journal.Update, monitor: Monitor) -> None:
     """Compare the guest with what was agreed on, and wait for its heartbeat.
 
@@ -67,7 +107,7 @@ async def _succeeds(update: journal.Update) -> bool:
     try:
         await commands.run(
             "/bin/sh", "-c", update.heartbeat["command"], "heartbeat", update.guest,
-            timeout=update.heartbeat["timeout"],
+            timeout=update.heartbeat["timeout"], of_user=True,
         )  # fmt: skip
     except CprError:
         return False

@@ -58,8 +58,19 @@ async def read(monitor: Monitor, pid: int) -> MachineView:
     """What a QEMU gives its guest, or will give it once it has taken it over.
 
     :param pid: its process.
-    :raises CprError: as `Monitor.execute`.
+    :raises CprError: ``device-unreadable``, or as `Monitor.execute`.
     """
+    try:
+        return await _read(monitor, pid)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise CprError(
+            "device-unreadable",
+            f"QEMU describes the guest in a way that is not understood ({type(error).__name__}: {error}).",
+            "Leave this guest out of live_update_guests, and report this.",
+        ) from error
+
+
+async def _read(monitor: Monitor, pid: int) -> MachineView:
     processors = await monitor.execute("query-cpus-fast")
     return MachineView(
         machine_type=await machine_type(monitor),
@@ -68,15 +79,30 @@ async def read(monitor: Monitor, pid: int) -> MachineView:
         cpu=await _cpu(monitor, processors[0]["qom-path"]),
         memory=await monitor.execute("qom-get", {"path": "/machine", "property": "memory"}),
         memory_devices=[
-            {"type": item["type"], **{key: item["data"][key] for key in ("id", "slot", "node") if key in item["data"]}}
+            {
+                "type": item["type"],
+                **{key: item["data"][key] for key in ("id", "slot", "node", "addr", "memaddr") if key in item["data"]},
+            }
             for item in await monitor.execute("query-memory-devices")
         ],
         memory_blocks=machine_view.read_memory_blocks(await monitor.human("info ramblock")),
-        numa=await monitor.human("info numa"),
+        numa=machine_view.read_numa(await monitor.human("info numa")),
+        parts=await _parts(monitor),
         devices=device_tree.parse(await monitor.human("info qtree")),
         queues=await _queues(monitor, pid),
         disks=machine_view.read_disks(await monitor.execute("query-block")),
     )
+
+
+async def _parts(monitor: Monitor) -> list[str]:
+    """Whatever options or ``device_add`` have made: not all of it is on a bus."""
+    found = []
+    for container in ("peripheral", "peripheral-anon"):
+        for item in await monitor.execute("qom-list", {"path": f"/machine/{container}"}):
+            if item["type"].startswith("child<"):
+                name = f" ({item['name']})" if container == "peripheral" else ""
+                found.append(f"{item['type'][len('child<') : -1]}{name}")
+    return sorted(found)
 
 
 async def _cpu(monitor: Monitor, path: str) -> dict[str, t.Any]:
