@@ -122,13 +122,19 @@ def agree(old: Offer, new: Offer, wishes: Wishes = Wishes()) -> Agreement:
     )
 
 
-def record(agreement: Agreement, machine: t.Mapping[str, t.Any], compared: t.Iterable[str]) -> dict[str, t.Any]:
+def record(
+    agreement: Agreement,
+    machine: t.Mapping[str, t.Any],
+    compared: t.Iterable[str],
+    accepted: t.Mapping[str, t.Sequence[str]],
+) -> dict[str, t.Any]:
     """What was compared and agreed, for the update record and for other tools.
 
     A reader must refuse a ``version`` that it does not know; keys may be added within one.
 
     :param machine: `machine_view.summary` of the guest.
     :param compared: the codes of `machine_view.differences` that were looked for.
+    :param accepted: those that were found and that the user accepts.
     """
     return {
         "version": PROTOCOL,
@@ -137,6 +143,7 @@ def record(agreement: Agreement, machine: t.Mapping[str, t.Any], compared: t.Ite
         "parameters": agreement.parameters,
         "dropped": agreement.dropped,
         "compared": list(compared),
+        "accepted": {code: list(sentences) for code, sentences in accepted.items()},
         "machine": dict(machine),
     }
 

@@ -203,6 +203,21 @@ def binary_blockers(observation: Observation, binary: Binary, mode: str = "cpr-t
     return found
 
 
+def sandbox_blockers(options: t.Iterable[Option], mode: str) -> list[CprError]:
+    """What of ``-sandbox`` stands in a mode's way: cpr-exec is a call of exec."""
+    if mode != "cpr-exec" or not any(
+        option.name == "sandbox" and read_properties(option).get("spawn") == "deny" for option in options
+    ):
+        return []
+    return [
+        CprError(
+            "sandbox-denies-exec",
+            "The guest's QEMU may not start programs (-sandbox spawn=deny), so it can't become another by cpr-exec.",
+            "Use cpr-transfer.",
+        )
+    ]
+
+
 def warnings(observation: Observation, binary: Binary | None) -> list[CprError]:
     """What stands in no update's way and what its owner should know."""
     found = []

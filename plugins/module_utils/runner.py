@@ -102,10 +102,12 @@ def _check_arguments(parameters: t.Mapping[str, t.Any]) -> None:
             raise CprError("bad-argument", f"{name} is {parameters[name]:g}, and must be more than 0.")
 
 
-def run_phase(module: AnsibleModule, phase: Phase, *, done: t.Container[str | None], would: str) -> t.NoReturn:
+def run_phase(
+    module: AnsibleModule, phase: Phase, *, done: t.Container[str | None], would: str, **options: t.Any
+) -> t.NoReturn:
     """Run a phase that works on guests whose update has begun; see `Task.for_each_update`."""
 
     async def every(task: Task) -> list[Outcome]:
-        return await task.for_each_update(phase, done=done, would=would)
+        return await task.for_each_update(phase, done=done, would=would, **options)
 
     run(module, every)

@@ -32,6 +32,24 @@ attributes:
     support: none
   idempotent:
     support: full
+options:
+  accept_differences:
+    description:
+      - Error codes of the comparison, like V(devices-differ), whose differences shall not count. They are
+        reported in RV(guests[].message) and in RV(guests[].agreement).
+      - The guest will see them, and QEMU may still refuse the guest in the pause. It then goes on in the
+        old one.
+    type: list
+    elements: str
+    choices:
+      - machine-differs
+      - cpu-differs
+      - memory-differs
+      - disks-differ
+      - devices-differ
+      - queues-differ
+      - firmware-differs
+    default: []
 author:
   - vmfleet.cpr contributors (@vmfleet)
 """
@@ -97,7 +115,7 @@ guests:
         - What was compared and agreed, null before. The update record has it too.
         - C(version) is 1; a reader should refuse one that it does not know. C(mode), C(capabilities) and
           C(parameters) are what both use, C(dropped) what an end lacks, C(compared) the codes of what was
-          looked for, C(machine) what the guest is compared with again after the switch.
+          looked for, C(accepted) what was found and accepted, C(machine) what the guest is compared with again after the switch.
       returned: success
       type: dict
 error:
@@ -116,8 +134,32 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import (
 
 
 def main() -> None:
-    module = AnsibleModule(argument_spec=guests_argument_spec(), supports_check_mode=True)
-    run_phase(module, set_up, done=DONE, would="Capabilities and parameters would be set on both QEMUs.")
+    module = AnsibleModule(
+        argument_spec=guests_argument_spec(
+            accept_differences={
+                "type": "list",
+                "elements": "str",
+                "choices": [
+                    "machine-differs",
+                    "cpu-differs",
+                    "memory-differs",
+                    "disks-differ",
+                    "devices-differ",
+                    "queues-differ",
+                    "firmware-differs",
+                ],
+                "default": [],
+            }
+        ),
+        supports_check_mode=True,
+    )
+    run_phase(
+        module,
+        set_up,
+        done=DONE,
+        would="Capabilities and parameters would be set on both QEMUs.",
+        accept_differences=module.params["accept_differences"],
+    )
 
 
 if __name__ == "__main__":

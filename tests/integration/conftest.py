@@ -117,8 +117,9 @@ class Host:
         return json.loads((self.state / guest.name / "update.json").read_text(encoding="utf-8"))
 
     def _each(self, module: t.Any, name: str, guests: t.Sequence[Guest | str], parameters: t.Any) -> list[Outcome]:
+        options = {key: parameters.pop(key) for key in ("accept_differences",) if key in parameters}
         task = self.task(guests, **parameters)
-        return asyncio.run(task.for_each_update(getattr(module, name), done=module.DONE, would=""))
+        return asyncio.run(task.for_each_update(getattr(module, name), done=module.DONE, would="", **options))
 
 
 @pytest.fixture(name="host")

@@ -149,6 +149,21 @@ def test_a_new_qemu_that_differs_is_refused_and_the_guest_never_stops(start, hos
     guest.check_continuity()
 
 
+def test_a_difference_that_is_accepted_passes_and_is_reported(start, host):
+    guest = start("web1", suite="trixie", more=["-device", "virtio-rng-pci,id=rng"])
+    old = guest.pid()
+    host.until("transfer", guest)
+    (outcome,) = host.setup(guest, accept_differences=["queues-differ"])
+    assert not outcome.error and "queue 0 of virtio-rng (rng) has 1024 entries" in outcome.message
+    assert "queue 0 of virtio-rng" in outcome.extra["agreement"]["accepted"]["queues-differ"][0]
+    # QEMU does not take it, as was foretold; the guest goes on.
+    (outcome,) = host.resume(guest)
+    assert outcome.error.code == "migration-failed" and "vring.num 1024" in outcome.error.message
+    assert guest.pid() == old and guest.status() == "running"
+    guest.wait_for_ticks()
+    guest.check_continuity()
+
+
 @pytest.mark.parametrize(
     ("options", "parameters", "code"),
     [

@@ -33,4 +33,6 @@ def test_every_error_code_is_explained():
     for path in (TOP / "plugins").glob("**/*.py"):
         for code in re.findall(r'CprError\(\s*"([a-z-]+)"', path.read_text(encoding="utf-8")):
             assert f"`{code}`" in page, f"{code} ({path.name})"
+    module = (TOP / "plugins" / "modules" / "migration_setup.py").read_text(encoding="utf-8")
+    assert re.findall(r"^      - (\w+-differs?)$", module, re.MULTILINE) == list(view.HINTS)
     assert [code for code in view.HINTS if f"`{code}`" not in page] == []

@@ -114,6 +114,14 @@ def test_an_older_qemu_is_in_the_way_of_all_modes_but_cpr_reboot():
         assert [blocker.code for blocker in readiness.binary_blockers(READY, older, mode)] == ["older-qemu"]
 
 
+def test_a_sandbox_that_denies_programs_is_in_the_way_of_cpr_exec_only():
+    options = command_line.parse(["-sandbox", "on,obsolete=deny,spawn=deny"])
+    (blocker,) = readiness.sandbox_blockers(options, "cpr-exec")
+    assert blocker.code == "sandbox-denies-exec"
+    assert readiness.sandbox_blockers(options, "cpr-transfer") == []
+    assert readiness.sandbox_blockers(command_line.parse(["-sandbox", "on"]), "cpr-exec") == []
+
+
 def test_qemus_own_reasons_are_told_for_their_mode_only():
     observation = dataclasses.replace(READY, blocked_reasons={"cpr-transfer": ["no"], "cpr-reboot": []})
     (blocker,) = readiness.blockers(observation, "cpr-transfer")

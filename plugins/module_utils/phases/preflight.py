@@ -60,7 +60,8 @@ class Inspection:
         """All that stands between the guest and a mode."""
         judged = readiness.blockers(self.observation, mode) if self.observation else []
         room = self.room if mode == "cpr-transfer" else []  # the others have one QEMU after the other
-        return [*self.blockers, *room, *judged]
+        sandbox = readiness.sandbox_blockers(self.description.options, mode) if self.description else []
+        return [*self.blockers, *room, *sandbox, *judged]
 
     def blockers_for(self, binary: Binary, mode: str = "cpr-transfer") -> list[CprError]:
         """All that stands between the guest and this binary, but for `unknown_to`."""

@@ -23,13 +23,14 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome
 DONE = (journal.SET_UP, *journal.COMMITTED)
 
 
-async def set_up(update: journal.Update, *, timeout: float) -> Outcome:
+async def set_up(update: journal.Update, *, timeout: float, accept_differences: t.Container[str] = ()) -> Outcome:
     """Set capabilities and parameters on both ends and read them back; the guest runs on the old.
 
     The old QEMU's capabilities were set before it began (QEMU locks them from ``migrate``
     on), so here they are only compared.
 
     :param timeout: seconds for each connection.
+    :param accept_differences: codes of `machine_view.differences` that shall not count.
     :raises CprError: ``capabilities-differ`` or ``parameters-differ`` if an end did not take
         what was agreed; a code of `machine_view.differences`.
     """
@@ -50,16 +51,20 @@ async def set_up(update: journal.Update, *, timeout: float) -> Outcome:
                     await _set_parameters(whose, monitor, update)
                     await _compare_capabilities(whose, monitor, update)
                 before, after = await asyncio.gather(view.read(old_monitor, old.pid), view.read(new_monitor, new.pid))
-                for code, sentences in machine_view.differences(before, after).items():
-                    raise view.difference(code, sentences)
+                differences = machine_view.differences(before, after)
+                for code, sentences in differences.items():
+                    if code not in accept_differences:
+                        raise view.difference(code, sentences)
                 agreed = handshake.Agreement(update.capabilities, update.parameters, update.dropped)
-                update.agreement = handshake.record(agreed, machine_view.summary(before), view.HINTS)
+                update.agreement = handshake.record(agreed, machine_view.summary(before), view.HINTS, differences)
                 update.heartbeat = {"agent": await verify.agent_answers(old_monitor, before, old.pid)}
                 await _place_threads(old_monitor, new_monitor)
     update.took("setup", started)
     update.enter(journal.SET_UP)
     names = [name for name, state in update.capabilities.items() if state]
-    message = f"Both QEMUs are the same machine and use the capabilities {', '.join(names)}."
+    accepted = [sentence for sentences in differences.values() for sentence in sentences]
+    message = f"Both QEMUs use the capabilities {', '.join(names)} and are the same machine"
+    message += f" but for what was accepted: {'; '.join(accepted)}." if accepted else "."
     return Outcome(update.guest, True, message, update, extra={"agreement": update.agreement})
 
 
