@@ -17,7 +17,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 _CGROUPS = "/sys/fs/cgroup"
 # Bytes that shall be left besides.
 _MEMORY_MARGIN = 32 << 20
-_DISK_MARGIN = 1 << 20
+_DISK_MARGIN = 64 << 10
 
 
 def blockers(pid: int, state_directory: str) -> list[CprError]:
@@ -42,7 +42,7 @@ def blockers(pid: int, state_directory: str) -> list[CprError]:
         found.append(
             CprError(
                 "disk-short",
-                f"The file system of {state_directory} has less than {_DISK_MARGIN >> 20} MiB left.",
+                f"The file system of {state_directory} has less than {_DISK_MARGIN >> 10} KiB left.",
                 "Make room there, or choose another state_directory.",
             )
         )
