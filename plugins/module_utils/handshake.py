@@ -106,7 +106,7 @@ def agree(old: Offer, new: Offer, wishes: Wishes = Wishes()) -> Agreement:
                 lack = f"The {whose} QEMU ({offer.version_text}) lacks the migration {what} {name}."
                 if wishes.when_missing != "drop" or name in REQUIRED_CAPABILITIES:
                     raise CprError(code, lack, "Leave it out, or let it be dropped (live_update_when_missing: drop).")
-                dropped.append(lack)
+                dropped.append(f"{lack} It is left out.")
     common = old.capabilities & new.capabilities
     return Agreement(
         capabilities={name: name in REQUIRED_CAPABILITIES or name in wanted for name in sorted(common)},

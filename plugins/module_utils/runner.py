@@ -74,6 +74,8 @@ def run(
         result = detached.run(work) if outlives_caller and not module.check_mode else work(lambda: False)
     except CprError as error:
         module.fail_json(msg=str(error), error=error.as_dict())
+    for warning in result.pop("warnings", []):
+        module.warn(warning)
     (module.fail_json if result.pop("failed") else module.exit_json)(**result)
 
 
@@ -83,6 +85,9 @@ def _result(outcomes: list[Outcome], show_diff: bool) -> dict[str, t.Any]:
         "changed": any(outcome.changed for outcome in outcomes),
         "guests": [outcome.as_dict() for outcome in outcomes],
     }
+    warnings = [f"{outcome.guest}: {warning}" for outcome in outcomes for warning in outcome.warnings]
+    if warnings:
+        result["warnings"] = warnings
     diffs = [outcome.diff for outcome in outcomes if outcome.diff]
     if diffs and show_diff:
         result["diff"] = diffs

@@ -25,6 +25,7 @@ class Outcome:
     :ivar message: what was done, or would be done, as a sentence.
     :ivar update: the guest's update record, where there is one.
     :ivar extra: what only this module returns of a guest.
+    :ivar warnings: what Ansible shall show to whoever watches the run, as sentences.
     :ivar diff: ``before`` and ``after`` for diff mode.
     """
 
@@ -35,6 +36,7 @@ class Outcome:
     error: CprError | None = None
     extra: dict[str, t.Any] = field(default_factory=dict)
     diff: dict[str, str] | None = None
+    warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, t.Any]:
         """The same shape from every module, for one guest or many."""

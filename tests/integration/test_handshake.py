@@ -13,6 +13,7 @@ import threading
 import pytest
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import command_line, new_command_line
+from tests.guests.ansible import live_update
 from tests.guests.guest import NEW_SUITE, OLD_SUITE, Qmp, is_alive, qemu, wait_until
 
 # Bytes. A QEMU's devices stand still while it writes an answer: its schema has 230 kB and
@@ -247,6 +248,14 @@ def test_wishes_are_set_on_both_ends_and_put_back(start, host, rebuilt_qemu):
     with guest.qmp() as monitor:
         assert monitor.execute("query-migrate-parameters")["announce-rounds"] == 9
         assert {"capability": "xbzrle", "state": False} in monitor.execute("query-migrate-capabilities")
+
+
+def test_a_wish_that_an_end_lacks_is_dropped_with_a_warning(start, tmp_path):
+    start("web1")
+    wishes = {"capabilities": {"zero-blocks": True}, "when_missing": "drop"}
+    run = live_update(qemu(NEW_SUITE), tmp_path / "state", ["web1"], **wishes)
+    assert run.returncode == 0, run.stdout
+    assert "lacks the migration capability zero-blocks" in run.stderr.replace("\n", " ")
 
 
 def test_a_wish_that_qemu_refuses_is_told_in_its_words(start, host):

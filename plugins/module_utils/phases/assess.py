@@ -117,5 +117,7 @@ def _sentence(
         "warning": "The guest can go, with a warning,",
         "blocked": "The guest can't go",
     }[verdict["verdict"]]
-    reasons = " ".join(f"{item['message']} {item['hint']} [{item['code']}]" for item in verdict["reasons"])
-    return f"{said}{versions} to {binary.offer.version_text} by cpr-transfer.{f' {reasons}' if reasons else ''}"
+    reasons = [f"{item['message']} {item['hint']} [{item['code']}]" for item in verdict["reasons"]]
+    notes = inspection.description.notes if inspection.description else []
+    sentences = [f"{said}{versions} to {binary.offer.version_text} by cpr-transfer.", *reasons, *notes]
+    return " ".join(sentences)

@@ -56,11 +56,15 @@ class Plan:
     def notes(self) -> list[str]:
         """What people should know beforehand, as sentences."""
         description = self.inspection.description
-        notes = [*(description.notes if description else []), *self.update.dropped]
-        notes += [str(warning) for warning in self.inspection.warnings_for(self.binary)]
+        notes = list(description.notes) if description else []
         if self.inspection.unit and systemd.needs_drop_in(self.inspection.unit):
             notes.append(f"The unit {self.update.unit} gets a drop-in until the next reboot (NotifyAccess=main).")
         return notes
+
+    @property
+    def warnings(self) -> list[str]:
+        """What of the user's wishes was dropped, and what of the guest may be unwanted, as sentences."""
+        return [*self.update.dropped, *map(str, self.inspection.warnings_for(self.binary))]
 
     @property
     def arguments(self) -> list[str]:
@@ -176,6 +180,7 @@ def _outcome(
         plan.update if plan else update,
         extra={"launched": plan is not None, "earlier_run": news},
         diff=plan.diff() if plan else None,
+        warnings=plan.warnings if plan else [],
     )
 
 
