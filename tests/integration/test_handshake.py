@@ -259,7 +259,8 @@ def test_a_wish_that_an_end_lacks_is_dropped_with_a_warning(start, tmp_path):
 
 
 def test_a_wish_that_qemu_refuses_is_told_in_its_words(start, host):
-    guest = start("web1")
+    guest = start("web1", more=["-qmp", "unix:{dir}/watch.sock,server=on,wait=off"])
+    stops = Stops(guest.directory / "watch.sock")
     host.until("transfer", guest, parameters={"announce-rounds": "many"})
     (outcome,) = host.setup(guest)
     assert outcome.error.code == "parameter-refused" and "announce-rounds" in outcome.error.message
@@ -268,6 +269,7 @@ def test_a_wish_that_qemu_refuses_is_told_in_its_words(start, host):
     (outcome,) = host.transfer(guest)
     assert outcome.error.code == "capability-refused" and outcome.error.qemu_description
     host.rollback(guest)
+    stops.check()
     assert guest.status() == "running"
 
 
@@ -276,7 +278,8 @@ def test_a_rehearsal_says_what_the_new_qemu_says(start, host, tmp_path):
     firmware = tmp_path / "bios.bin"
     source = os.path.join(os.path.dirname(qemu(OLD_SUITE)), "../share/seabios/bios-256k.bin")
     firmware.write_bytes(open(source, "rb").read())
-    guest = start("web1", more=["-bios", str(firmware)])
+    guest = start("web1", more=["-bios", str(firmware), "-qmp", "unix:{dir}/watch.sock,server=on,wait=off"])
+    stops = Stops(guest.directory / "watch.sock")
     assert host.preflight(guest, rehearse=True)[0].extra["modes"]["cpr-transfer"]["verdict"] == "ready"
     firmware.unlink()
     assert host.preflight(guest)[0].extra["modes"]["cpr-transfer"]["verdict"] == "ready"
@@ -284,10 +287,14 @@ def test_a_rehearsal_says_what_the_new_qemu_says(start, host, tmp_path):
     (reason,) = outcome.extra["modes"]["cpr-transfer"]["reasons"]
     assert reason["code"] == "new-qemu-exited" and "bios.bin" in reason["message"]
     assert len(guest.pids()) == 1
+    stops.check()
 
 
 def test_a_disk_that_is_changed_between_setup_and_switch_is_noticed(start, host, tmp_path):
-    guest = start("web1", more=["-device", "ide-cd,bus=ide.1,id=cd0"])
+    guest = start(
+        "web1", more=["-device", "ide-cd,bus=ide.1,id=cd0", "-qmp", "unix:{dir}/watch.sock,server=on,wait=off"]
+    )
+    stops = Stops(guest.directory / "watch.sock")
     medium = tmp_path / "medium.iso"
     medium.write_bytes(bytes(1 << 20))
     host.until("setup", guest)
@@ -296,6 +303,7 @@ def test_a_disk_that_is_changed_between_setup_and_switch_is_noticed(start, host,
     (outcome,) = host.resume(guest)
     assert outcome.error.code == "disks-differ" and "medium.iso" in outcome.error.message
     host.rollback(guest)
+    stops.check()
     host.until("resume", guest)
     guest.wait_for_ticks()
     guest.check_continuity()
@@ -334,13 +342,15 @@ def test_a_guest_that_is_not_what_was_agreed_is_noticed_and_its_old_qemu_kept(st
 
 
 def test_the_old_qemu_goes_only_after_the_heartbeat(start, host, tmp_path):
-    guest = start("web1")
+    guest = start("web1", more=["-qmp", "unix:{dir}/watch.sock,server=on,wait=off"])
+    stops = Stops(guest.directory / "watch.sock")
     old = guest.pid()
     host.until("setup", guest)
     command = f"rm {tmp_path}/$1.well"  # succeeds once
     (outcome,) = host.resume(guest, heartbeat_command=command, heartbeat_timeout=0.5)
     assert outcome.error.code == "heartbeat-missing" and "before the switch" in outcome.error.message
     assert guest.status() == "running" and host.record(guest)["phase"] == "set-up"
+    stops.check()
     (tmp_path / "web1.well").write_text("")
     (outcome,) = host.resume(guest, heartbeat_command=command, heartbeat_timeout=0.5)
     assert outcome.error.code == "heartbeat-missing" and command in outcome.error.message
