@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from ansible.module_utils.parsing.convert_bool import boolean
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_EXEC, CPR_REBOOT, CPR_TRANSFER
 from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Offer
-
-MODE = "cpr-transfer"
 
 # Of what `record` returns.
 PROTOCOL = 1
@@ -25,6 +24,10 @@ PROTOCOL = 1
 # learn that the new one could not load the state, and resume the guest by itself; without it
 # the old one reports "completed" (seen with 10.0 to 11.1).
 REQUIRED_CAPABILITIES = ("events", "return-path")
+# A file has no way back; whether the new QEMU could load it is seen from that one alone.
+_BY_FILE = (CPR_EXEC, CPR_REBOOT)
+# Leaves out of the stream what both map from one file.
+_IN_PLACE = "x-ignore-shared"
 
 # No bandwidth limit that somebody set for ordinary migrations shall stretch this one.
 PARAMETERS: dict[str, t.Any] = {"max-bandwidth": 0}
@@ -74,13 +77,16 @@ class Agreement:
     dropped: list[str]
 
 
-def agree(old: Offer, new: Offer, wishes: Wishes = Wishes()) -> Agreement:
+def agree(
+    old: Offer, new: Offer, wishes: Wishes = Wishes(), mode: str = CPR_TRANSFER, *, in_place: bool = False
+) -> Agreement:
     """What both ends have in common, and of that what is used.
 
     All capabilities but the required and the wished ones are off, whatever was on before: one
     that is on at one end only makes the new QEMU wait for ever while the old one says
     ``completed`` (seen with multifd).
 
+    :param in_place: whether ``cpr-reboot`` leaves the RAM in its file.
     :raises CprError: ``bad-argument`` for a wish that can't be had with any QEMU;
         ``capability-missing`` or ``parameter-missing`` for what an end lacks.
     """
@@ -93,10 +99,13 @@ def agree(old: Offer, new: Offer, wishes: Wishes = Wishes()) -> Agreement:
     for name in _RESERVED_PARAMETERS:
         if name in wishes.parameters:
             raise CprError("bad-argument", f"The parameter {name} is set by the update itself.", "Leave it out.")
-    wanted = [name for name, state in wishes.capabilities.items() if state]
+    required = ["events"] if mode in _BY_FILE else list(REQUIRED_CAPABILITIES)
+    if mode == CPR_REBOOT and in_place:
+        required.append(_IN_PLACE)
+    wanted = [name for name, state in wishes.capabilities.items() if state and name not in REQUIRED_CAPABILITIES]
     dropped = []
     for code, what, names, offered in (
-        ("capability-missing", "capability", (*REQUIRED_CAPABILITIES, *wanted), lambda offer: offer.capabilities),
+        ("capability-missing", "capability", (*required, *wanted), lambda offer: offer.capabilities),
         ("parameter-missing", "parameter", wishes.parameters, lambda offer: offer.parameters),
     ):
         for whose, offer in (("running", old), ("new", new)):
@@ -104,12 +113,12 @@ def agree(old: Offer, new: Offer, wishes: Wishes = Wishes()) -> Agreement:
                 if name in offered(offer):
                     continue
                 lack = f"The {whose} QEMU ({offer.version_text}) lacks the migration {what} {name}."
-                if wishes.when_missing != "drop" or name in REQUIRED_CAPABILITIES:
+                if wishes.when_missing != "drop" or name in required:
                     raise CprError(code, lack, "Leave it out, or let it be dropped (live_update_when_missing: drop).")
                 dropped.append(f"{lack} It is left out.")
     common = old.capabilities & new.capabilities
     return Agreement(
-        capabilities={name: name in REQUIRED_CAPABILITIES or name in wanted for name in sorted(common)},
+        capabilities={name: name in required or name in wanted for name in sorted(common)},
         parameters={
             **PARAMETERS,
             **{
@@ -123,6 +132,7 @@ def agree(old: Offer, new: Offer, wishes: Wishes = Wishes()) -> Agreement:
 
 
 def record(
+    mode: str,
     agreement: Agreement,
     machine: t.Mapping[str, t.Any],
     compared: t.Iterable[str],
@@ -138,7 +148,7 @@ def record(
     """
     return {
         "version": PROTOCOL,
-        "mode": MODE,
+        "mode": mode,
         "capabilities": agreement.capabilities,
         "parameters": agreement.parameters,
         "dropped": agreement.dropped,

@@ -19,6 +19,7 @@ import urllib.parse
 from dataclasses import dataclass, field
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_TRANSFER
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Identity
 from ansible_collections.vmfleet.cpr.plugins.module_utils.taps import Tap
 
@@ -67,6 +68,9 @@ class Qemu:
 class Update:
     """One guest's way from one QEMU to another, as recorded.
 
+    :ivar mode: one of `modes.MODES`.
+    :ivar mode_reason: why it is that one, as a sentence.
+    :ivar copied: of ``precopy`` how far the copy of the RAM is, or was at its end.
     :ivar run_state: the guest's run state before (``running`` or ``paused``); it is the same
         afterwards.
     :ivar capabilities: the migration capabilities that both QEMUs use.
@@ -76,6 +80,8 @@ class Update:
     :ivar heartbeat: how the guest is checked after the switch: ``agent`` if one answered before,
         ``command`` of the user's, ``timeout`` in seconds for each.
     :ivar restore: capabilities and parameters of the old QEMU as they were, to put back.
+    :ivar exec_command: with ``cpr-exec`` what the process becomes.
+    :ivar permissions: with ``cpr-exec`` path, owner, group and mode of what the new QEMU binds anew.
     :ivar renames: pairs of a socket's or pid file's path during the update and its stable path.
     :ivar taps: the new QEMU's tap interfaces, each with the name that it takes over.
     :ivar unit: the systemd service whose main process the new QEMU becomes.
@@ -95,6 +101,9 @@ class Update:
     new: Qemu | None = None
     machine_type: str | None = None
     run_state: str | None = None
+    mode: str = CPR_TRANSFER  # what records had no word for before there were others
+    mode_reason: str = ""
+    copied: dict[str, float] = field(default_factory=dict)
     generation: int = 0
     capabilities: dict[str, bool] = field(default_factory=dict)
     parameters: dict[str, t.Any] = field(default_factory=dict)
@@ -102,6 +111,8 @@ class Update:
     agreement: dict[str, t.Any] | None = None
     heartbeat: dict[str, t.Any] = field(default_factory=dict)
     restore: dict[str, t.Any] = field(default_factory=dict)
+    exec_command: list[str] = field(default_factory=list)
+    permissions: list[tuple[str, int, int, int]] = field(default_factory=list)
     renames: list[tuple[str, str]] = field(default_factory=list)
     taps: list[Tap] = field(default_factory=list)
     display: dict[str, t.Any] | None = None
@@ -140,6 +151,11 @@ class Update:
         return os.path.join(self.channels, "main.sock")
 
     @property
+    def state_file(self) -> str:
+        """Where the guest's state lies between two QEMUs of which one writes and the other reads it."""
+        return os.path.join(self.channels, "state")
+
+    @property
     def log(self) -> str:
         """Where the new QEMU's standard error goes."""
         return self.log_of(self.generation)
@@ -156,6 +172,43 @@ class Update:
             "new": self.new and vars(self.new),
             "taps": [vars(tap) for tap in self.taps],
         }
+
+    def note_copy(self, migration: t.Mapping[str, t.Any]) -> None:
+        """Note how far the copy of the guest's RAM is, also for whoever looks from outside meanwhile.
+
+        Not on disk for sure: it is news, not the record.
+
+        :param migration: what ``query-migrate`` returned.
+        """
+        ram = migration.get("ram")
+        if not ram:
+            return
+        self.copied = {
+            "seconds": round(migration.get("total-time", 0) / 1000, 2),
+            "passes": ram["dirty-sync-count"],
+            "mib_total": ram["total"] >> 20,
+            "mib_transferred": ram["transferred"] >> 20,
+            "mib_remaining": ram["remaining"] >> 20,
+            "mib_per_second": round(ram["mbps"] / 8.388608, 1),
+            "dirty_mib_per_second": ram["dirty-pages-rate"] * ram["page-size"] >> 20,
+            "throttle_percent": migration.get("cpu-throttle-percentage", 0),
+        }
+        with contextlib.suppress(OSError), open(self.progress, "w", encoding="ascii", opener=_private) as stream:
+            stream.write(json.dumps(self.copied))
+
+    def copy_text(self) -> str:
+        """What `note_copy` noted last, as part of a sentence."""
+        if not self.copied:
+            return "nothing is known of it"
+        return (
+            "after {passes} passes {mib_remaining} of {mib_total} MiB were left; the guest changes {dirty_mib_per_second}"
+            " MiB a second, and {mib_per_second} are copied".format(**self.copied)
+        )
+
+    @property
+    def progress(self) -> str:
+        """Where it says how far a copy is."""
+        return os.path.join(self.directory, "progress.json")
 
     def took(self, step: str, started: float) -> None:
         """Note how long a step took; recorded by the next `enter`.

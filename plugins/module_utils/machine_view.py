@@ -20,8 +20,9 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.device_tree import Dev
 # What a guest sees of its CPU beside the features. A CPU model stands for all of these.
 CPU_PROPERTIES = ("family", "model", "stepping", "level", "xlevel", "vendor", "model-id", "phys-bits", "feature-words")
 
-# `  pc.ram    4 KiB  0x0000000000000000 0x0000000004000000 0x0000000004000000 0x00007f971bfff000  rw`
-_MEMORY_BLOCK = re.compile(r"\s*(?P<name>\S.*?)\s+\d+ \SiB\s+0x\w+ 0x\w+ 0x(?P<size>\w+) .*")
+# `  pc.ram    4 KiB  0x0000000000000000 0x0000000004000000 0x0000000004000000 0x00007f971bfff000  rw`, and
+# before QEMU 8.0 without the last two.
+_MEMORY_BLOCK = re.compile(r"\s*(?P<name>\S.*?)\s+(?P<page>\d+) (?P<unit>[KMG])iB\s+0x\w+ 0x\w+ 0x(?P<size>\w+).*")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,12 @@ def read_memory_blocks(text: str) -> dict[str, int]:
     return {match["name"]: int(match["size"], 16) for match in found}
 
 
+def read_page_sizes(text: str) -> dict[str, int]:
+    """The size in bytes of the host's pages behind each RAM block, from ``info ramblock``."""
+    found = filter(None, map(_MEMORY_BLOCK.fullmatch, text.splitlines()[1:]))
+    return {match["name"]: int(match["page"]) << {"K": 10, "M": 20, "G": 30}[match["unit"]] for match in found}
+
+
 def read_numa(text: str) -> dict[str, t.Any]:
     """The nodes of ``info numa``, their sizes less what is plugged: of virtio-mem that is the guest's state."""
     found: dict[str, t.Any] = {}
@@ -78,14 +85,23 @@ def read_numa(text: str) -> dict[str, t.Any]:
 
 
 def read_feature_words(words: t.Iterable[t.Mapping[str, t.Any]]) -> dict[str, int]:
-    """An x86 CPU's features by leaf; those without any are left out, since a newer QEMU knows more leaves."""
+    """An x86 CPU's features by leaf; those without any are left out, since a newer QEMU knows more leaves.
+
+    That it has several threads is left out too: it follows from the topology, and QEMU 7.2 says so to
+    the guest but not here.
+    """
     return {
         f"CPUID {item['cpuid-input-eax']:#x}"
         + (f",{item['cpuid-input-ecx']:#x}" if "cpuid-input-ecx" in item else "")
         + f" {item['cpuid-register']}": item["features"]
+        & ~_threads_bit(item)
         for item in words
         if item["features"]
     }
+
+
+def _threads_bit(word: t.Mapping[str, t.Any]) -> int:
+    return 1 << 28 if (word["cpuid-input-eax"], word["cpuid-register"]) == (1, "EDX") else 0
 
 
 def read_disks(answer: t.Iterable[t.Mapping[str, t.Any]]) -> dict[str, dict[str, t.Any]]:

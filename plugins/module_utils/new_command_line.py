@@ -64,6 +64,8 @@ _REFUSED_DEVICES = {
     "input-linux": _BOTH_READ,
 }
 _REFUSED_RUN_WITH = ("chroot", "exit-with-parent")
+# What is said anew to every QEMU; the launcher detaches it itself.
+_OURS = ("S", "incoming", "daemonize", "add-fd")
 _ONLY_THERE = "it names a file descriptor that only the running QEMU has"
 
 
@@ -148,11 +150,13 @@ def is_cpr_leftover(option: Option) -> bool:
 
 def generation_of(options: t.Sequence[Option]) -> int:
     """How many live updates lie behind the QEMU with this command line."""
-    # Without the leftover, ".cpr3" is just how the user named the socket.
-    if not any(is_cpr_leftover(option) for option in options):
+    # Without one of our own ".cpr3" is just how the user named the socket.
+    if not any(
+        option.name == "incoming" and (option.value == "defer" or is_cpr_leftover(option)) for option in options
+    ):
         return 0
     numbers = [0]
-    for path in _bound_paths(options):
+    for path in bound_paths(options):
         match = _GENERATION.match(path)
         if match:
             numbers.append(int(match.group("number")))
@@ -184,11 +188,11 @@ def qmp_paths(options: t.Sequence[Option]) -> list[str]:
     return [stable_path(path) if updated else path for path in found]
 
 
-def make(options: t.Sequence[Option], running: Running, *, cpr_socket: str) -> NewCommandLine:
-    """The command line of a QEMU that takes this guest over by cpr-transfer.
+def make(options: t.Sequence[Option], running: Running, *, cpr_socket: str | None) -> NewCommandLine:
+    """The command line of a QEMU that takes this guest over while the old one still is there.
 
     :param options: the old QEMU's.
-    :param cpr_socket: where the new QEMU shall wait for the CPR state.
+    :param cpr_socket: where the new QEMU shall wait for the CPR state; None for a mode without any.
     :raises CprError: ``unsupported-option`` for what can't be carried over safely;
         ``socket-path-too-long`` where a generation's path would not fit.
     """
@@ -196,18 +200,12 @@ def make(options: t.Sequence[Option], running: Running, *, cpr_socket: str) -> N
     updated = generation_of(options) > 0
     result = NewCommandLine([], generation_of(options) + 1)
     doubles = iter(running.taps)
-    written = character_devices.write_out(options)
-    written, result.display = vnc.without_port(written, running.displays)
-    written, result.forwards = user_network.without_ports(written, running.user_networks)
+    written = _written(options, running, result)
     for index, option in enumerate(written):
-        if option.name in ("S", "incoming", "daemonize", "add-fd"):
-            continue  # the launcher detaches the new QEMU itself
-        if option.name == "runas":  # QEMU 11.1 has this form only
-            option = Option("-run-with", f"user={option.value}")
+        if option.name in _OURS:
+            continue
+        option = _at_run_time(option, running)
         option = character_devices.with_listener(option, running.listeners, result.descriptor)
-        if running.generation_id and option.name == "device" and _driver(option) == "vmgenid":
-            # guid=auto would be another one, and tell the guest that it is a copy of itself.
-            option = with_property(option, "guid", running.generation_id)
         if taps.is_tap(option):
             option = _with_tap(option, next(doubles), result)
         path = _bound_path(option)
@@ -230,13 +228,60 @@ def make(options: t.Sequence[Option], running: Running, *, cpr_socket: str) -> N
         result.descriptors += [Descriptor(number, of_old=number) for number in (0, 1)]
     # Pinned: q35 means something newer in a newer binary.
     result.arguments = _with_machine_type(result.arguments, running.machine_type)
-    channel = {"channel-type": "cpr", "addr": {"transport": "socket", "type": "unix", "path": cpr_socket}}
-    result.arguments += [
-        Option("-S"),
-        Option("-incoming", "defer"),
-        Option("-incoming", json.dumps(channel, separators=(",", ":"))),
-    ]
+    result.arguments += [Option("-S"), Option("-incoming", "defer")]
+    if cpr_socket:
+        channel = {"channel-type": "cpr", "addr": {"transport": "socket", "type": "unix", "path": cpr_socket}}
+        result.arguments.append(Option("-incoming", json.dumps(channel, separators=(",", ":"))))
     return result
+
+
+def make_in_place(options: t.Sequence[Option], running: Running, *, state: str) -> NewCommandLine:
+    """The command line of a QEMU that its process becomes, or that is started when that has ended.
+
+    Every path is free again by then, so all have their stable names.
+
+    :param state: where the guest's state lies; empty for a QEMU that waits to be told.
+    :raises CprError: ``unsupported-option`` for what can't be carried over safely.
+    """
+    refuse_unsupported(options)
+    if running.fd_sets:
+        raise _unsupported("-add-fd", _ONLY_THERE)
+    updated = generation_of(options) > 0
+    result = NewCommandLine([], 0)
+    written = _written(options, running, result)
+    for index, option in enumerate(written):
+        if option.name in _OURS:
+            continue
+        option = _at_run_time(option, running)
+        path = _bound_path(option)
+        if path:
+            option = _with_bound_path(option, stable_path(path) if updated else path)
+        elif option.name == "chardev" and read_properties(option).is_on("server"):
+            option = Option(option.flag, str(character_devices.without_wait(read_properties(option))))
+        result.arguments.extend(_appending(option, _serial_number(written, index)))
+    result.arguments = _with_machine_type(result.arguments, running.machine_type)
+    result.arguments += (
+        [Option("-incoming", f"file:{state}")] if state else [Option("-S"), Option("-incoming", "defer")]
+    )
+    return result
+
+
+def _written(options: t.Sequence[Option], running: Running, result: NewCommandLine) -> list[Option]:
+    """The options written out, without the ports that it gets only when it runs the guest."""
+    written = character_devices.write_out(options)
+    written, result.display = vnc.without_port(written, running.displays)
+    written, result.forwards = user_network.without_ports(written, running.user_networks)
+    return written
+
+
+def _at_run_time(option: Option, running: Running) -> Option:
+    """An option by what the running QEMU has made of it, and as every QEMU takes it."""
+    if option.name == "runas":  # QEMU 11.1 has this form only
+        option = Option("-run-with", f"user={option.value}")
+    if running.generation_id and option.name == "device" and _driver(option) == "vmgenid":
+        # guid=auto would be another one, and tell the guest that it is a copy of itself.
+        option = with_property(option, "guid", running.generation_id)
+    return option
 
 
 def _driver(option: Option) -> str | None:
@@ -281,11 +326,15 @@ def refuse_unsupported(options: t.Sequence[Option]) -> None:
     for option in options:
         reason = _refusal(option, read_properties(option) if option.value else Properties([]))
         if reason:
-            raise CprError(
-                "unsupported-option",
-                f"The guest's command line has the option {option.flag}, and {reason}.",
-                "Start the guest without it when it next starts, or leave this guest out of live_update_guests.",
-            )
+            raise _unsupported(option.flag, reason)
+
+
+def _unsupported(flag: str, reason: str) -> CprError:
+    return CprError(
+        "unsupported-option",
+        f"The guest's command line has the option {flag}, and {reason}.",
+        "Start the guest without it when it next starts, or leave this guest out of live_update_guests.",
+    )
 
 
 def _refusal(option: Option, properties: Properties) -> str | None:
@@ -365,7 +414,8 @@ def _bound_path(option: Option) -> str | None:
     return None
 
 
-def _bound_paths(options: t.Sequence[Option]) -> list[str]:
+def bound_paths(options: t.Sequence[Option]) -> list[str]:
+    """The paths that these options make QEMU bind or create, and remove."""
     return [path for path in map(_bound_path, options) if path]
 
 

@@ -9,7 +9,7 @@ Pure functions. Private to the collection.
 from __future__ import annotations
 
 import typing as t
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Binary:
     :ivar deprecated: those of them that its next major versions will lack.
     :ivar device_types: all devices that it has, processors too, as QOM types.
     :ivar kvm: whether it was built with KVM.
+    :ivar default_ram: what each machine type calls RAM that has no backend of its own.
     """
 
     path: str
@@ -54,6 +55,12 @@ class Binary:
     deprecated: frozenset[str] = frozenset()
     device_types: frozenset[str] = frozenset()
     kvm: bool = True
+    default_ram: t.Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def has_aux_ram_share(self) -> bool:
+        """Whether its machines can share their auxiliary RAM, which came with cpr-transfer (QEMU 10.0)."""
+        return "cpr-transfer" in self.offer.modes
 
 
 def read_schema(version: tuple[int, int, int], architecture: str, schema: t.Sequence[dict[str, t.Any]]) -> Offer:

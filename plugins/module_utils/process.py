@@ -208,6 +208,21 @@ def descriptors(pid: int) -> dict[int, str]:
     return found
 
 
+def kept_by_exec(pid: int) -> dict[int, str]:
+    """What of a process's descriptors stays open when it becomes another program, but for the first three.
+
+    :raises OSError: it is gone, or it belongs to another user.
+    """
+    found = {}
+    for number, target in descriptors(pid).items():
+        with contextlib.suppress(FileNotFoundError):
+            lines = read_file(pid, f"fdinfo/{number}").splitlines()
+            flags = next((int(line.split()[1], 8) for line in lines if line.startswith("flags:")), 0)
+            if number > 2 and not flags & os.O_CLOEXEC:
+                found[number] = target
+    return found
+
+
 def file_id(path: str) -> tuple[int, int] | None:
     """Device and inode of the file at a path, or None without one."""
     try:

@@ -14,7 +14,7 @@ import os
 import socket
 import typing as t
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import process
+from ansible_collections.vmfleet.cpr.plugins.module_utils import modes, process
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary, Offer, read_schema
@@ -29,7 +29,7 @@ async def _identity(monitor: Monitor) -> tuple[tuple[int, int, int], str]:
     return (version["major"], version["minor"], version["micro"]), (await monitor.execute("query-target"))["arch"]
 
 
-async def ask_running(monitor: Monitor, modes: t.Iterable[str]) -> tuple[Offer, dict[str, list[str]]]:
+async def ask_running(monitor: Monitor, wanted: t.Sequence[str]) -> tuple[Offer, dict[str, list[str]]]:
     """What the QEMU of a running guest offers, and why it would refuse each mode that it has.
 
     Its schema would tell too, and the guest would pay for it: QEMU holds its global lock while
@@ -37,7 +37,7 @@ async def ask_running(monitor: Monitor, modes: t.Iterable[str]) -> tuple[Offer, 
     is set, which a QEMU that lacks it refuses, and then put back; only with a mode set does
     ``query-migrate`` know its ``blocked-reasons``.
 
-    :param modes: those to try; none while a migration is under way.
+    :param wanted: those of `modes.MODES` to try; none while a migration is under way.
     :returns: the offer, and for each mode that it has QEMU's reasons.
     :raises CprError: as `Monitor.execute`.
     """
@@ -47,9 +47,9 @@ async def ask_running(monitor: Monitor, modes: t.Iterable[str]) -> tuple[Offer, 
     reasons: dict[str, list[str]] = {}
     if "mode" in parameters:  # since QEMU 8.2
         try:
-            for mode in modes:
+            for mode in wanted:
                 try:
-                    await monitor.execute("migrate-set-parameters", {"mode": mode})
+                    await monitor.execute("migrate-set-parameters", {"mode": modes.qemu_name(mode)})
                 except CprError as error:
                     if error.code != "qmp-error":
                         raise
@@ -57,6 +57,8 @@ async def ask_running(monitor: Monitor, modes: t.Iterable[str]) -> tuple[Offer, 
                 reasons[mode] = (await monitor.execute("query-migrate")).get("blocked-reasons", [])
         finally:
             await monitor.execute("migrate-set-parameters", {"mode": parameters["mode"]})
+    elif modes.PRECOPY in wanted:
+        reasons[modes.PRECOPY] = (await monitor.execute("query-migrate")).get("blocked-reasons", [])
     offer = Offer(
         version=version,
         architecture=architecture,
@@ -179,4 +181,5 @@ async def _ask(path: str, child: asyncio.subprocess.Process, monitor: Monitor) -
         deprecated=frozenset(machine["name"] for machine in machines if machine.get("deprecated")),
         device_types=frozenset(item["name"] for item in devices),
         kvm=(await monitor.execute("query-kvm"))["present"],
+        default_ram={item["name"]: item["default-ram-id"] for item in machines if "default-ram-id" in item},
     )

@@ -11,11 +11,17 @@ from __future__ import annotations
 import typing as t
 from dataclasses import dataclass, field
 
+from ansible_collections.vmfleet.cpr.plugins.module_utils import new_command_line
 from ansible_collections.vmfleet.cpr.plugins.module_utils.command_line import Option, read_properties
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.memory import Block
+from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_EXEC, CPR_TRANSFER, PRECOPY
 from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary, Offer
 
-MODES = ("cpr-transfer", "cpr-exec", "cpr-reboot")
+# The first whose monitor tells all that is asked here (x-query-usb).
+_OLDEST = (6, 2, 0)
+# These go to the same or a later version only.
+_FORWARD_ONLY = (CPR_TRANSFER, CPR_EXEC)
 
 # What -device and -machine take beside properties of the device or machine itself.
 _OF_OPTIONS = frozenset(
@@ -38,7 +44,7 @@ class Observation:
     :ivar machine_type: versioned, as QEMU resolved it.
     :ivar run_state: of ``query-status``.
     :ivar migration: the status of ``query-migrate``, None where there never was one.
-    :ivar memory_backends: what ``query-memdev`` returned.
+    :ivar memory: the guest's RAM, by its backends.
     :ivar block_jobs: the ids of jobs that run, on disks (``query-block-jobs``) or else (``query-jobs``).
     :ivar exports: the ids of ``query-block-exports``.
     :ivar blocked_reasons: for each mode that its QEMU has, QEMU's own reasons against it.
@@ -50,7 +56,7 @@ class Observation:
     machine_type: str
     run_state: str
     migration: str | None
-    memory_backends: t.Sequence[t.Mapping[str, t.Any]]
+    memory: t.Sequence[Block]
     aux_ram_share: bool | None
     offer: Offer
     blocked_reasons: t.Mapping[str, t.Sequence[str]] = field(default_factory=dict)
@@ -59,11 +65,21 @@ class Observation:
     device_types: frozenset[str] = frozenset()
     kvm: bool = False
 
+    @property
+    def memory_in_place(self) -> bool:
+        """Whether another QEMU can map all of the RAM where it is, and still can once this one has ended."""
+        return bool(self.memory) and all(block.is_in_place and not block.discarded for block in self.memory)
+
+    @property
+    def writes_its_memory(self) -> int:
+        """How many bytes of RAM ``cpr-reboot`` writes to a file."""
+        return 0 if self.memory_in_place else sum(block.size for block in self.memory)
+
 
 def blockers(observation: Observation, mode: str) -> list[CprError]:
     """What stands between a guest and a mode of live update; nothing if it is ready.
 
-    :param mode: one of `MODES`.
+    :param mode: one of `modes.MODES`.
     """
     found = []
     if observation.migration not in _MIGRATION_ENDED:
@@ -74,13 +90,23 @@ def blockers(observation: Observation, mode: str) -> list[CprError]:
                 "Wait for that migration to end, or cancel it with migrate_cancel.",
             )
         )
+    elif mode == PRECOPY:
+        if observation.offer.version < _OLDEST:
+            found.append(
+                CprError(
+                    "mode-missing",
+                    f"QEMU {observation.offer.version_text}, which runs the guest, is older than 6.2 and can't be asked"
+                    " all that its RAM's copy needs.",
+                    "Restart the guest.",
+                )
+            )
     elif mode not in observation.offer.modes and may_try_modes(observation.run_state, observation.migration):
         found.append(
             CprError(
                 "mode-missing",
                 f"QEMU {observation.offer.version_text}, which runs the guest, does not have the mode {mode}.",
                 "The guest must once be started, or migrated, into a QEMU that has it"
-                " (cpr-transfer: 10.0, cpr-exec: 10.2).",
+                " (cpr-transfer: 10.0, cpr-exec: 10.2, cpr-reboot: 8.2).",
             )
         )
     if observation.block_jobs:
@@ -109,10 +135,12 @@ def blockers(observation: Observation, mode: str) -> list[CprError]:
                 "Bring the guest back to running, or leave it out of live_update_guests.",
             )
         )
-    # cpr-reboot writes to the file what isn't shared. The others need every block of RAM to
-    # be shared: QEMU itself does not check it for cpr-exec, and the guest would be lost.
-    if mode != "cpr-reboot":
+    # The two that keep the RAM where it is need every block of it to be shared: QEMU itself does
+    # not check it for cpr-exec, and the guest would be lost.
+    if mode in (CPR_TRANSFER, CPR_EXEC):
         found.extend(_memory_blockers(observation))
+    if mode == CPR_TRANSFER:
+        found.extend(_discarded(observation))
     found.extend(
         CprError(
             "migration-blocked",
@@ -126,24 +154,40 @@ def blockers(observation: Observation, mode: str) -> list[CprError]:
 
 
 def _memory_blockers(observation: Observation) -> t.Iterator[CprError]:
-    private = [item.get("id") or "(unnamed)" for item in observation.memory_backends if not item.get("share")]
+    private = [block for block in observation.memory if not block.shared]
     if private:
-        size = sum(item["size"] for item in observation.memory_backends if not item.get("share")) >> 20
+        size = sum(block.size for block in private) >> 20
         yield CprError(
             "memory-not-shared",
-            f"The guest's RAM is not shared (memory backend {', '.join(private)}), so another QEMU can't take it over.",
-            f"Its command line would need: -object memory-backend-memfd,id=ram0,size={size}M,share=on"
-            " -machine memory-backend=ram0,aux-ram-share=on. This can't be changed while it runs.",
+            f"The guest's RAM is not shared (memory backend {', '.join(block.name for block in private)}), so another QEMU"
+            " can't take it over.",
+            "Let it be copied once into a QEMU that shares it (live_update_mode precopy, or auto). Or give it, when it next"
+            f" starts: -object memory-backend-memfd,id=ram0,size={size}M,share=on"
+            " -machine memory-backend=ram0,aux-ram-share=on.",
         )
     elif not observation.aux_ram_share:
         yield CprError(
             "aux-ram-not-shared",
             "The guest's auxiliary RAM (video memory, ROMs) is not shared, so another QEMU can't take it over.",
-            "Its command line would need: -machine aux-ram-share=on. This can't be changed while it runs.",
+            "Let its RAM be copied once into a QEMU that shares it (live_update_mode precopy, or auto). Or give it, when it"
+            " next starts: -machine aux-ram-share=on.",
         )
 
 
-def binary_blockers(observation: Observation, binary: Binary, mode: str = "cpr-transfer") -> list[CprError]:
+def _discarded(observation: Observation) -> t.Iterator[CprError]:
+    """RAM that the old QEMU would wipe when it ends, with the guest in the new one (seen with 10.0)."""
+    for block in observation.memory:
+        if block.shared and block.discarded:
+            yield CprError(
+                "memory-discarded",
+                f"The guest's memory backend {block.name} has discard-data=on: the old QEMU would empty the guest's RAM"
+                " when it ends.",
+                f"Switch that off at the guest's monitor: qom-set with path /objects/{block.name}, property discard-data"
+                " and value false (vmfleet.cpr.qmp_command does it).",
+            )
+
+
+def binary_blockers(observation: Observation, binary: Binary, mode: str = CPR_TRANSFER) -> list[CprError]:
     """What stands between a guest and this new binary; nothing if it fits."""
     offer = binary.offer
     if offer.architecture != observation.offer.architecture:
@@ -155,14 +199,14 @@ def binary_blockers(observation: Observation, binary: Binary, mode: str = "cpr-t
             )
         ]
     found = []
-    # QEMU refuses it late, with "vmstate_load_state error -2" (11.1 to 10.0); cpr-reboot went back too.
-    if offer.version < observation.offer.version and mode != "cpr-reboot":
+    # QEMU refuses it late, with "vmstate_load_state error -2" (11.1 to 10.0).
+    if offer.version < observation.offer.version and mode in _FORWARD_ONLY:
         found.append(
             CprError(
                 "older-qemu",
                 f"The guest runs on QEMU {observation.offer.version_text} and {binary.path} is older"
                 f" ({offer.version_text}); {mode} does not go back.",
-                "Choose a QEMU of the same or a later version.",
+                "Choose a QEMU of the same or a later version, or go back by precopy or cpr-reboot (live_update_mode).",
             )
         )
     if observation.machine_type not in binary.machine_types:
@@ -174,7 +218,7 @@ def binary_blockers(observation: Observation, binary: Binary, mode: str = "cpr-t
                 " or choose a QEMU that still has it.",
             )
         )
-    if mode not in offer.modes:
+    if mode != PRECOPY and mode not in offer.modes:
         found.append(
             CprError(
                 "mode-missing",
@@ -203,19 +247,40 @@ def binary_blockers(observation: Observation, binary: Binary, mode: str = "cpr-t
     return found
 
 
-def sandbox_blockers(options: t.Iterable[Option], mode: str) -> list[CprError]:
-    """What of ``-sandbox`` stands in a mode's way: cpr-exec is a call of exec."""
-    if mode != "cpr-exec" or not any(
-        option.name == "sandbox" and read_properties(option).get("spawn") == "deny" for option in options
-    ):
-        return []
-    return [
-        CprError(
-            "sandbox-denies-exec",
-            "The guest's QEMU may not start programs (-sandbox spawn=deny), so it can't become another by cpr-exec.",
-            "Use cpr-transfer.",
+def exec_blockers(options: t.Sequence[Option], kept: t.Mapping[int, str], *, moved: bool) -> list[CprError]:
+    """What would make the new QEMU fail after cpr-exec, when there is no old one any more.
+
+    :param options: the guest's.
+    :param kept: what of its QEMU's descriptors stays open in the program that it becomes.
+    :param moved: whether the process left the directory that its relative paths belong to.
+    """
+    sandbox = [read_properties(option) for option in options if option.name == "sandbox"]
+    found = []
+    if any(item.get("spawn") == "deny" for item in sandbox):
+        found.append(
+            _exec_refused("sandbox-denies-exec", "The guest's QEMU may not start programs (-sandbox spawn=deny)")
         )
-    ]
+    if new_command_line.changes_user(options):
+        found.append(
+            _exec_refused("exec-changes-user", "The guest's QEMU has given up the rights to become its user (-runas)")
+        )
+    # Seen with 11.1: QEMU does not close a tap when it becomes another program, which then finds it busy.
+    lines = sorted({target for target in kept.values() if not target.startswith(("/memfd:", "anon_inode:"))})
+    if lines:
+        found.append(
+            _exec_refused(
+                "exec-keeps-descriptors", f"The guest's QEMU would take along what is open ({', '.join(lines)})"
+            )
+        )
+    if moved:
+        found.append(
+            _exec_refused("exec-relative-paths", "The guest's QEMU has left the directory that its paths start from")
+        )
+    return found
+
+
+def _exec_refused(code: str, why: str) -> CprError:
+    return CprError(code, f"{why}, so it can't become another by cpr-exec.", "Use cpr-transfer, or precopy.")
 
 
 def warnings(observation: Observation, binary: Binary | None) -> list[CprError]:

@@ -9,10 +9,8 @@ Pure functions. Private to the collection.
 from __future__ import annotations
 
 import dataclasses
-import json
-import typing as t
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import taps
+from ansible_collections.vmfleet.cpr.plugins.module_utils import memory, taps
 from ansible_collections.vmfleet.cpr.plugins.module_utils.command_line import (
     Option,
     Properties,
@@ -20,7 +18,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.command_line import (
     with_property,
 )
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
-from ansible_collections.vmfleet.cpr.plugins.module_utils.new_command_line import NewCommandLine, is_cpr_leftover
+from ansible_collections.vmfleet.cpr.plugins.module_utils.new_command_line import NewCommandLine
 
 # What would take a line that the guest's clients use, or write where the guest's QEMU does.
 # The name too: nobody shall take it for the guest. -overcommit mem-lock=on would fill its RAM at once.
@@ -49,7 +47,7 @@ def command_line(new: NewCommandLine, monitor: int) -> NewCommandLine:
     for option in new.arguments:
         given = read_properties(option) if option.value else Properties([])
         kind = given.implied or given.get("driver") or given.get("qom-type") or given.get("type") or ""
-        if option.name in _LEFT_OUT or is_cpr_leftover(option):
+        if option.name in _LEFT_OUT:
             continue
         if option.name == "device" and kind in _OUTSIDE:
             raise CprError(
@@ -71,8 +69,8 @@ def command_line(new: NewCommandLine, monitor: int) -> NewCommandLine:
             option = Option(
                 "-netdev", str(Properties([(None, "hubport"), ("id", given.get("id") or ""), ("hubid", "99")]))
             )
-        elif option.name == "object" and kind.startswith("memory-backend-"):
-            option = _private_memory(option, given)
+        elif memory.is_backend(option):
+            option = memory.with_backend(option, "memory-backend-ram", _OF_MEMORY)  # that nobody else has
         elif taps.is_tap(option) and given.is_on("vhost"):
             for key in ("vhostfd", "vhostfds"):
                 option = with_property(option, key, None)
@@ -83,13 +81,3 @@ def command_line(new: NewCommandLine, monitor: int) -> NewCommandLine:
         Option("-mon", "chardev=cpr_rehearsal,mode=control"),
     ]
     return dataclasses.replace(new, arguments=arguments)
-
-
-def _private_memory(option: Option, given: Properties) -> Option:
-    """Memory of the same size that nobody else has."""
-    if (option.value or "").startswith("{"):
-        tree = json.loads(option.value or "")
-        kept = {key: value for key, value in tree.items() if key in _OF_MEMORY}
-        return Option(option.flag, json.dumps({"qom-type": "memory-backend-ram", **kept}))
-    pairs: list[tuple[t.Optional[str], str]] = [(key, value) for key, value in given.pairs if key in _OF_MEMORY]
-    return Option(option.flag, str(Properties([(None, "memory-backend-ram"), *pairs])))

@@ -3,50 +3,148 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """Whether a host has room for a second QEMU beside a guest's, and would start it right.
 
-The guest's RAM is shared by both and counts once. Private to the collection.
+RAM that both share counts once. Private to the collection.
 """
 
 from __future__ import annotations
 
+import collections
 import os
 import typing as t
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import process
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.memory import ORDINARY_PAGE, Block
 
 _CGROUPS = "/sys/fs/cgroup"
+_NODES = "/sys/devices/system/node"
+_HUGE_PAGES = "/sys/kernel/mm/hugepages"
 # Bytes that shall be left besides.
 _MEMORY_MARGIN = 32 << 20
 _DISK_MARGIN = 64 << 10
 
 
-def blockers(pid: int, state_directory: str) -> list[CprError]:
-    """What of memory and disk is too little for a second QEMU like this process."""
-    found = []
-    needed = _field(process.read_file(pid, "status"), "RssAnon") + _MEMORY_MARGIN
-    for where, left in _memory_left(pid):
-        if left < needed:
-            found.append(
-                CprError(
-                    "memory-short",
-                    f"The new QEMU needs some {needed >> 20} MiB beside the guest's shared RAM, and {where} has"
-                    f" {max(0, left) >> 20} MiB left.",
-                    "Make room, or raise the limit: the kernel might end the guest's QEMU for it.",
-                )
-            )
-    state_directory = os.path.abspath(state_directory)
-    while not os.path.exists(state_directory):
-        state_directory = os.path.dirname(state_directory)
-    disk = os.statvfs(state_directory)
-    if disk.f_bavail * disk.f_frsize < _DISK_MARGIN:
-        found.append(
-            CprError(
-                "disk-short",
-                f"The file system of {state_directory} has less than {_DISK_MARGIN >> 10} KiB left.",
-                "Make room there, or choose another state_directory.",
-            )
+class Pool(t.NamedTuple):
+    """Where memory comes from.
+
+    :ivar cgroup: that has a limit, or empty.
+    :ivar nodes: NUMA nodes that it must come from; all if empty.
+    :ivar page_size: bytes.
+    """
+
+    cgroup: str = ""
+    nodes: tuple[int, ...] = ()
+    page_size: int = ORDINARY_PAGE
+
+    def __str__(self) -> str:
+        """As it stands in a sentence."""
+        where = f"NUMA node {', '.join(map(str, self.nodes))}" if self.nodes else "the host"
+        if self.page_size != ORDINARY_PAGE:
+            return f"the pool of {self.page_size >> 10} KiB pages of {where}"
+        return f"the cgroup {self.cgroup}" if self.cgroup else where
+
+    def left(self) -> int | None:
+        """How many bytes it has left; None where nothing limits it."""
+        if self.page_size != ORDINARY_PAGE:
+            return self._pages_left()
+        if self.cgroup:
+            return _left_in_cgroup(self.cgroup)
+        if not self.nodes:
+            return _field(_read(f"{process.PROC}/meminfo"), "MemAvailable")
+        reclaimable = ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable")
+        tables = [_read(f"{_NODES}/node{node}/meminfo") for node in self.nodes]
+        return sum(_field(table, name) for table in tables for name in reclaimable)
+
+    def _pages_left(self) -> int:
+        name = f"hugepages-{self.page_size >> 10}kB"
+        if self.nodes:
+            free = sum(int(_read(f"{_NODES}/node{node}/hugepages/{name}/free_hugepages")) for node in self.nodes)
+        else:
+            free = int(_read(f"{_HUGE_PAGES}/{name}/free_hugepages"))
+        # What others were promised and have not touched yet counts as free there.
+        return max(0, free - int(_read(f"{_HUGE_PAGES}/{name}/resv_hugepages"))) * self.page_size
+
+
+Demand = t.Mapping[Pool, int]
+
+
+def demand(pid: int, running: t.Iterable[Block], own: t.Iterable[Block] = ()) -> dict[Pool, int]:
+    """How many bytes of what a second QEMU like this process takes.
+
+    :param running: the RAM of the guest that it runs.
+    :param own: the RAM that the second one has of its own.
+    """
+    needed: dict[Pool, int] = collections.defaultdict(int)
+    # Of a guest whose RAM is private it is counted there.
+    private = sum(block.size for block in running if not block.shared and block.page_size == ORDINARY_PAGE)
+    anonymous = _field(process.read_file(pid, "status"), "RssAnon")
+    everywhere = max(0, anonymous - private) + _MEMORY_MARGIN
+    for block in own:
+        if block.page_size == ORDINARY_PAGE:
+            everywhere += block.size
+        else:
+            needed[Pool(page_size=block.page_size)] += block.size
+        if block.nodes:
+            needed[Pool(nodes=block.nodes, page_size=block.page_size)] += block.size
+    for pool in (Pool(), *_cgroups(pid)):
+        needed[pool] += everywhere
+    return dict(needed)
+
+
+class Room:
+    """What the host has left for several QEMUs that are about to be started."""
+
+    def __init__(self) -> None:
+        self._taken: dict[Pool, int] = collections.defaultdict(int)
+
+    def short(self, needed: Demand) -> tuple[Pool, int, int] | None:
+        """The first pool that has too little, with what is needed of it and left in it; None if all have enough."""
+        for pool, size in needed.items():
+            left = pool.left()
+            if left is not None and left - self._taken[pool] < size:
+                return pool, size, max(0, left - self._taken[pool])
+        return None
+
+    def take(self, needed: Demand) -> None:
+        """Keep this much from those who ask later."""
+        for pool, size in needed.items():
+            self._taken[pool] += size
+
+
+def memory_blockers(needed: Demand) -> list[CprError]:
+    """What of the host's memory is too little."""
+    short = Room().short(needed)
+    if short is None:
+        return []
+    pool, size, left = short
+    return [
+        CprError(
+            "memory-short",
+            f"The new QEMU needs {size >> 20} MiB of its own beside the running one, and {pool} has {left >> 20} MiB left.",
+            "Make room, or raise the limit: the kernel might end the guest's QEMU for it.",
         )
-    return found
+    ]
+
+
+def disk_blockers(directory: str, size: int = 0) -> list[CprError]:
+    """What of the disk is too little.
+
+    :param size: bytes that are to be written there.
+    """
+    directory = os.path.abspath(directory)
+    while not os.path.exists(directory):
+        directory = os.path.dirname(directory)
+    disk = os.statvfs(directory)
+    left = disk.f_bavail * disk.f_frsize
+    if left >= size + _DISK_MARGIN:
+        return []
+    return [
+        CprError(
+            "disk-short",
+            f"The file system of {directory} has {left >> 10} KiB left, and {(size + _DISK_MARGIN) >> 10} KiB are needed.",
+            "Make room there, or choose another directory.",
+        )
+    ]
 
 
 def warnings(pid: int) -> list[CprError]:
@@ -67,32 +165,39 @@ def warnings(pid: int) -> list[CprError]:
     ]
 
 
-def _memory_left(pid: int) -> t.Iterator[tuple[str, int]]:
-    """The host, and every cgroup above the process that has a limit, with the bytes that they have left."""
-    with open(f"{process.PROC}/meminfo", encoding="ascii") as stream:
-        yield "the host", _field(stream.read(), "MemAvailable")
+def _cgroups(pid: int) -> t.Iterator[Pool]:
+    """The cgroup of a process, and all above it."""
     for line in process.read_file(pid, "cgroup").splitlines():
         number, dummy, path = line.split(":", 2)
         while number == "0" and path.strip("/"):
-            try:
-                limit, used, stat = (_read(path, name) for name in ("memory.max", "memory.current", "memory.stat"))
-            except OSError:
-                break  # no such controller, or another mount of it
-            if limit.strip() != "max":
-                droppable = sum(
-                    int(item.split()[1])
-                    for item in stat.splitlines()
-                    if item.startswith(("inactive_file ", "active_file ", "slab_reclaimable "))
-                )
-                yield f"the cgroup {path}", int(limit) - int(used) + droppable
+            yield Pool(cgroup=path)
             path = os.path.dirname(path)
 
 
-def _read(path: str, name: str) -> str:
-    with open(f"{_CGROUPS}{path}/{name}", encoding="ascii") as stream:
+def _left_in_cgroup(path: str) -> int | None:
+    try:
+        limit, used, stat = (
+            _read(f"{_CGROUPS}{path}/{name}") for name in ("memory.max", "memory.current", "memory.stat")
+        )
+    except OSError:
+        return None  # no such controller, or another mount of it
+    if limit.strip() == "max":
+        return None
+    droppable = ("inactive_file ", "active_file ", "slab_reclaimable ")
+    return (
+        int(limit) - int(used) + sum(int(line.split()[1]) for line in stat.splitlines() if line.startswith(droppable))
+    )
+
+
+def _read(path: str) -> str:
+    with open(path, encoding="ascii") as stream:
         return stream.read()
 
 
 def _field(text: str, name: str) -> int:
     """A field of a table of the kernel that counts in kB, in bytes; 0 of a process that ends just now."""
-    return next((int(line.split()[1]) << 10 for line in text.splitlines() if line.startswith(f"{name}:")), 0)
+    for line in text.splitlines():
+        head, dummy, rest = line.partition(":")
+        if head.split()[-1:] == [name]:  # those of a NUMA node have "Node 0" before it
+            return int(rest.split()[0]) << 10
+    return 0

@@ -16,6 +16,7 @@ from ansible.module_utils.basic import AnsibleModule
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import detached, qmp_library
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import AUTO, MODES
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Phase, Task
 
 STATE_DIRECTORY = "/run/vmfleet-cpr"
@@ -41,6 +42,14 @@ def wishes_argument_spec() -> dict[str, t.Any]:
         "capabilities": {"type": "dict", "default": {}},
         "parameters": {"type": "dict", "default": {}},
         "when_missing": {"type": "str", "choices": ["fail", "drop"], "default": "fail"},
+    }
+
+
+def mode_argument_spec() -> dict[str, t.Any]:
+    """The arguments that choose the mode of each guest; see `modes.choose`."""
+    return {
+        "mode": {"type": "str", "choices": [AUTO, *MODES], "default": AUTO},
+        "adopt": {"type": "bool", "default": True},
     }
 
 
@@ -102,7 +111,7 @@ async def _as_coroutine(function: t.Callable[[Task], t.Awaitable[list[Outcome]]]
 
 
 def _check_arguments(parameters: t.Mapping[str, t.Any]) -> None:
-    for name in ("concurrency", "switch_concurrency", "timeout", "pause_limit", "heartbeat_timeout"):
+    for name in ("concurrency", "switch_concurrency", "timeout", "pause_limit", "copy_timeout", "heartbeat_timeout"):
         if parameters.get(name, 1) <= 0:
             raise CprError("bad-argument", f"{name} is {parameters[name]:g}, and must be more than 0.")
 

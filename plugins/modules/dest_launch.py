@@ -7,7 +7,7 @@ from __future__ import annotations
 
 DOCUMENTATION = r"""
 module: dest_launch
-short_description: Start the new QEMU of guests, blocked on the CPR channel
+short_description: Start the new QEMU of guests, which then waits for them
 version_added: 1.0.0
 description:
   - Checks every guest and, only if all can be updated, starts a new QEMU for each beside the
@@ -15,7 +15,8 @@ description:
   - The new QEMU gets the old one's command line from C(/proc), with the machine type pinned, its
     sockets at paths of their own, what was plugged in or out since, and the old one's user,
     groups, limits, environment, namespaces, cgroup and working directory. It then waits for the
-    CPR state (M(vmfleet.cpr.cpr_transfer)).
+    guest (M(vmfleet.cpr.cpr_transfer)).
+  - With V(cpr-exec) nothing is started but a rehearsal, which is ended again.
   - A guest with a tap gets a second one in the same bridge. A guest that is a systemd service gets
     a drop-in in C(/run/systemd/system) where C(NotifyAccess) is V(none).
   - The guest runs on its old QEMU, before and after. M(vmfleet.cpr.guest_rollback) undoes this
@@ -50,6 +51,27 @@ options:
       - The absolute path of the new QEMU on the host.
     type: path
     required: true
+  mode:
+    description:
+      - How the guests go to the new QEMU. V(auto) takes for each guest V(cpr-transfer) where nothing stands
+        in its way; else V(cpr-reboot) where the guest's RAM is in a file that both QEMUs can map; else
+        V(precopy), if O(adopt) allows it. The result says which and why.
+      - V(cpr-transfer) hands the guest's memory over; a pause of milliseconds, nothing copied.
+      - V(precopy) copies the RAM to a new QEMU that shares it, while the guest runs. It takes the guest's RAM
+        twice for that time, and works from QEMU 6.2 on, also to an older QEMU. After it the guest is
+        ready for V(cpr-transfer).
+      - V(cpr-reboot) writes the guest's state to a file while it stands still. RAM in a file that both can map
+        stays there; other RAM is written too, which makes the pause seconds long.
+      - V(cpr-exec) lets the process become the new QEMU, so that its pid stays. There is no way back once it
+        has begun, and V(auto) never takes it.
+    type: str
+    choices: [auto, cpr-transfer, cpr-exec, cpr-reboot, precopy]
+    default: auto
+  adopt:
+    description:
+      - Whether V(auto) may copy the RAM of guests that could not go otherwise.
+    type: bool
+    default: true
   capabilities:
     description:
       - Migration capabilities to use, each V(true) or V(false). C(events) and C(return-path) are always
@@ -140,7 +162,12 @@ guests:
         The run before (2026-11-23 12:31:05 +0000): The guest went from QEMU 10.0.2 to 11.1.3 after a
         pause of 6.41 ms.
     launched:
-      description: Whether a new QEMU waits for the guest's CPR state, or would in check mode.
+      description: Whether a new QEMU waits for the guest, or would in check mode.
+      type: bool
+    deferred:
+      description: >-
+        Whether the host has memory for the guest's new QEMU only once others are done. Call the module again
+        then; P(vmfleet.cpr.live_update#role) does.
       type: bool
 error:
   description: The first failure, with the same keys as in RV(guests[].error).
@@ -153,6 +180,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases.launch import launch_all
 from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import (
     guests_argument_spec,
+    mode_argument_spec,
     run,
     wishes_argument_spec,
 )
@@ -163,6 +191,7 @@ def main() -> None:
         argument_spec=guests_argument_spec(
             guests={"type": "list", "elements": "str", "default": []},
             qemu_binary={"type": "path", "required": True},
+            **mode_argument_spec(),
             **wishes_argument_spec(),
         ),
         supports_check_mode=True,

@@ -157,6 +157,18 @@ guests:
     wanted_version:
       description: The version of O(qemu_binary). Only with O(qemu_binary).
       type: str
+    update_mode:
+      description: >-
+        The mode that a live update to O(qemu_binary) would take by itself, null if none or if it is up to date. Only
+        with O(qemu_binary).
+      type: str
+      sample: cpr-transfer
+    copy:
+      description: >-
+        How far the copy of the guest's RAM is while an update copies it, with C(seconds), C(passes), C(mib_total),
+        C(mib_transferred), C(mib_remaining), C(mib_per_second), C(dirty_mib_per_second) and C(throttle_percent); null
+        otherwise.
+      type: dict
     update_blockers:
       description: What stands in the way of a live update to O(qemu_binary). Only with O(qemu_binary).
       type: list

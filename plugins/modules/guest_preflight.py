@@ -54,6 +54,17 @@ options:
         says so.
     type: bool
     default: false
+  mode:
+    description:
+      - The mode that the update is to take, as in M(vmfleet.cpr.dest_launch).
+    type: str
+    choices: [auto, cpr-transfer, cpr-exec, cpr-reboot, precopy]
+    default: auto
+  adopt:
+    description:
+      - Whether V(auto) may copy the RAM of guests that could not go otherwise.
+    type: bool
+    default: true
   capabilities:
     description:
       - Migration capabilities that the update is to use, as in M(vmfleet.cpr.dest_launch).
@@ -84,7 +95,7 @@ EXAMPLES = r"""
 - name: Name those that can't go, and why
   ansible.builtin.debug:
     msg: "{{ item.message }}"
-  loop: "{{ preflight.guests | selectattr('modes.cpr-transfer.verdict', 'eq', 'blocked') }}"
+  loop: "{{ preflight.guests | selectattr('verdict', 'eq', 'blocked') }}"
   loop_control:
     label: "{{ item.name }}"
 """
@@ -137,9 +148,22 @@ guests:
       description: Milliseconds that each phase took.
       type: dict
       sample: {launch: 61.2, transfer: 88.0, setup: 14.9, switch: 19.3, retire: 41.7}
+    mode:
+      description: The mode that the guest would take, null if it can't go or runs on O(qemu_binary) already.
+      type: str
+      sample: cpr-transfer
+    verdict:
+      description: Whether the guest can go by that mode, one of V(ready), V(warning) and V(blocked).
+      type: str
+      sample: ready
+    reasons:
+      description: >-
+        Why, each with C(severity) (V(blocker) or V(warning)), C(code), C(message) and C(hint).
+      type: list
+      elements: dict
     modes:
       description: >-
-        For each of V(cpr-transfer), V(cpr-exec) and V(cpr-reboot) the C(verdict), one of V(ready),
+        For each of V(cpr-transfer), V(cpr-exec), V(cpr-reboot) and V(precopy), but for what a rehearsal shows, the C(verdict), one of V(ready),
         V(warning) and V(blocked), and its C(reasons), each with C(severity) (V(blocker) or V(warning)),
         C(code), C(message) and C(hint).
       type: dict
@@ -170,6 +194,7 @@ from ansible.module_utils.basic import AnsibleModule
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases.assess import assess_all
 from ansible_collections.vmfleet.cpr.plugins.module_utils.runner import (
     guests_argument_spec,
+    mode_argument_spec,
     run,
     wishes_argument_spec,
 )
@@ -181,6 +206,7 @@ def main() -> None:
             guests={"type": "list", "elements": "str", "default": []},
             qemu_binary={"type": "path", "required": True},
             rehearse={"type": "bool", "default": False},
+            **mode_argument_spec(),
             **wishes_argument_spec(),
         ),
         supports_check_mode=True,

@@ -46,6 +46,12 @@ options:
         in the old one. It takes milliseconds where nothing is wrong.
     type: float
     default: 2.0
+  copy_timeout:
+    description:
+      - Seconds that the copy of one guest's RAM may take where there is one (V(precopy)), while the guest
+        runs. Past them the copy is given up, and the guest stays on the old QEMU.
+    type: float
+    default: 600.0
   heartbeat_command:
     description:
       - A shell command on the hypervisor that succeeds if the guest is well, with its name as
@@ -143,6 +149,7 @@ def main() -> None:
         argument_spec=guests_argument_spec(
             switch_concurrency={"type": "int", "default": 1},
             pause_limit={"type": "float", "default": 2.0},
+            copy_timeout={"type": "float", "default": 600.0},
             heartbeat_command={"type": "str"},
             heartbeat_timeout={"type": "float", "default": 10.0},
         ),

@@ -238,13 +238,14 @@ def boot_sector_guest(
     *,
     machine: str = "q35",
     accelerator: str | None = None,
-    memory: t.Sequence[str] = ("-object", "memory-backend-memfd,id=ram0,size=64M,share=on"),
+    memory: t.Sequence[str] | None = ("-object", "memory-backend-memfd,id=ram0,size=64M,share=on"),
     monitor: t.Sequence[str] = ("-qmp", "unix:{dir}/qmp.sock,server=on,wait=off"),
     console: t.Sequence[str] = ("-chardev", "file,id=console,path={dir}/console.log", "-serial", "chardev:console"),
     more: t.Sequence[str] = (),
 ) -> BootSectorGuest:
     """A guest that is ready for a live update, unless told otherwise.
 
+    :param memory: None for RAM that nobody can share, as almost every guest has it.
     :param machine: the machine type and further properties of ``-machine``.
     :param accelerator: ``kvm`` or ``tcg``; by default the better one that works here.
     """
@@ -252,14 +253,16 @@ def boot_sector_guest(
     shutil.copyfile(CACHE / "guests" / "boot_sector.img", directory / "disk.img")
     # Where a display is asked for, none would be one too many.
     display = [] if {"-vnc", "-display", "-nographic"} & {*more, *console} else ["-display", "none"]
-    machine_words = f"{machine},accel={accelerator or best_accelerator()},memory-backend=ram0,aux-ram-share=on"
+    machine_words = f"{machine},accel={accelerator or best_accelerator()}"
+    if memory is not None:
+        machine_words += f"{',memory-backend=ram0' if memory else ''},aux-ram-share=on"
     return BootSectorGuest(
         name,
         directory,
         [
             "-name", f"guest={name},debug-threads=on",
-            "-machine", machine_words if memory else machine_words.replace("memory-backend=ram0,", ""),
-            "-cpu", "qemu64", "-m", "64M", *memory,
+            "-machine", machine_words,
+            "-cpu", "qemu64", "-m", "64M", *(memory or ()),
             "-nodefaults", *display,
             "-drive", "if=none,id=disk,file={dir}/disk.img,format=raw",
             "-device", "ide-hd,drive=disk,bus=ide.0",

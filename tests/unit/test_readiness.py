@@ -12,6 +12,7 @@ import pytest
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import command_line, handshake, readiness
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.memory import Block
 from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary, Offer, read_schema
 
 CAPABILITIES = frozenset({"events", "return-path", "multifd", "xbzrle"})
@@ -24,7 +25,7 @@ READY = readiness.Observation(
     machine_type="pc-q35-10.0",
     run_state="running",
     migration=None,
-    memory_backends=[{"id": "ram0", "size": 1 << 30, "share": True}],
+    memory=[Block("ram0", 1 << 30, shared=True)],
     aux_ram_share=True,
     offer=OFFER,
 )
@@ -44,7 +45,7 @@ def test_a_guest_that_was_started_for_it_is_ready():
     ("changes", "expected"),
     [
         (
-            {"memory_backends": [{"id": "pc.ram", "size": 1, "share": False}], "aux_ram_share": False},
+            {"memory": [Block("pc.ram", 1)], "aux_ram_share": False},
             ["memory-not-shared"],
         ),
         ({"aux_ram_share": False}, ["aux-ram-not-shared"]),
@@ -62,16 +63,16 @@ def test_what_stands_in_the_way_is_named(changes, expected):
 
 
 def test_the_hint_says_what_the_command_line_would_need():
-    private = dataclasses.replace(READY, memory_backends=[{"id": "pc.ram", "size": 512 << 20, "share": False}])
+    private = dataclasses.replace(READY, memory=[Block("pc.ram", 512 << 20)])
     (blocker,) = readiness.blockers(private, "cpr-transfer")
     assert "memory-backend-memfd,id=ram0,size=512M,share=on" in blocker.hint
     assert "aux-ram-share=on" in blocker.hint
 
 
 def test_cpr_reboot_takes_private_memory_and_cpr_exec_does_not():
-    private = [{"id": "pc.ram", "size": 1, "share": False}]
-    assert codes("cpr-reboot", memory_backends=private) == []
-    assert "memory-not-shared" in codes("cpr-exec", memory_backends=private)
+    private = [Block("pc.ram", 1)]
+    assert codes("cpr-reboot", memory=private) == []
+    assert "memory-not-shared" in codes("cpr-exec", memory=private)
 
 
 @pytest.mark.parametrize(
@@ -114,12 +115,36 @@ def test_an_older_qemu_is_in_the_way_of_all_modes_but_cpr_reboot():
         assert [blocker.code for blocker in readiness.binary_blockers(READY, older, mode)] == ["older-qemu"]
 
 
-def test_a_sandbox_that_denies_programs_is_in_the_way_of_cpr_exec_only():
-    options = command_line.parse(["-sandbox", "on,obsolete=deny,spawn=deny"])
-    (blocker,) = readiness.sandbox_blockers(options, "cpr-exec")
-    assert blocker.code == "sandbox-denies-exec"
-    assert readiness.sandbox_blockers(options, "cpr-transfer") == []
-    assert readiness.sandbox_blockers(command_line.parse(["-sandbox", "on"]), "cpr-exec") == []
+@pytest.mark.parametrize(
+    ("words", "kept", "moved", "expected"),
+    [
+        (["-sandbox", "on"], {}, False, []),
+        (["-sandbox", "on,obsolete=deny,spawn=deny"], {}, False, ["sandbox-denies-exec"]),
+        (["-runas", "nobody"], {}, False, ["exec-changes-user"]),
+        (["-run-with", "user=nobody"], {}, False, ["exec-changes-user"]),
+        ([], {12: "/dev/net/tun"}, False, ["exec-keeps-descriptors"]),
+        ([], {12: "/memfd:ram0 (deleted)", 13: "anon_inode:kvm-vm"}, False, []),
+        ([], {}, True, ["exec-relative-paths"]),
+    ],
+)
+def test_what_would_fail_after_exec_is_found_before(words, kept, moved, expected):
+    found = readiness.exec_blockers(command_line.parse(words), kept, moved=moved)
+    assert [blocker.code for blocker in found] == expected
+
+
+def test_memory_that_the_old_qemu_would_empty_is_in_the_way():
+    file = Block("ram0", 1 << 30, shared=True, path="/dev/shm/ram0", discarded=True)
+    assert codes(memory=[file]) == ["memory-discarded"]
+    assert codes("cpr-exec", memory=[file], offer=NEW_OFFER) == []  # one process: nothing ends
+    observation = dataclasses.replace(READY, memory=[file])
+    assert not observation.memory_in_place and observation.writes_its_memory == 1 << 30
+    assert dataclasses.replace(READY, memory=[dataclasses.replace(file, discarded=False)]).memory_in_place
+
+
+def test_a_copy_needs_no_mode_and_no_shared_memory_but_a_qemu_that_can_be_asked():
+    old = dataclasses.replace(OFFER, version=(6, 2, 0), modes=frozenset())
+    assert codes("precopy", offer=old, memory=[Block("pc.ram", 1)], aux_ram_share=None) == []
+    assert codes("precopy", offer=dataclasses.replace(old, version=(6, 1, 9))) == ["mode-missing"]
 
 
 def test_qemus_own_reasons_are_told_for_their_mode_only():

@@ -13,7 +13,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 
 def rehearsed(*words):
     running = new_command_line.Running(machine_type="pc-q35-10.0")
-    new = new_command_line.make(command_line.parse(words), running, cpr_socket="/state/cpr.sock")
+    new = new_command_line.make(command_line.parse(words), running, cpr_socket=None)
     return command_line.write(rehearsal.command_line(new, 99).arguments)
 
 
@@ -35,7 +35,7 @@ def rehearsed(*words):
         ),
         (
             ["-object", '{"qom-type":"memory-backend-memfd","id":"m","size":67108864,"share":true,"host-nodes":[0]}'],
-            ["-object", '{"qom-type": "memory-backend-ram", "id": "m", "size": 67108864, "host-nodes": [0]}'],
+            ["-object", '{"qom-type":"memory-backend-ram","id":"m","size":67108864,"host-nodes":[0]}'],
         ),
         (["-overcommit", "mem-lock=on"], []),
         (

@@ -8,13 +8,14 @@ from __future__ import annotations
 import pytest
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import process, resources
+from ansible_collections.vmfleet.cpr.plugins.module_utils.memory import Block
 
 
 @pytest.fixture(name="host")
 def fixture_host(tmp_path, monkeypatch):
     """A host with 4 GiB to spare, and a QEMU of 200 MiB in a cgroup below one with a limit."""
 
-    def make(available=4 << 20, limit="max", used=0, inactive=0, environment=""):
+    def make(available=4 << 20, limit="max", used=0, inactive=0, environment="", running=(), own=()):
         directory = tmp_path / "proc" / "7"
         directory.mkdir(parents=True)
         (tmp_path / "proc" / "meminfo").write_text(f"MemTotal: 8388608 kB\nMemAvailable: {available} kB\n")
@@ -29,7 +30,7 @@ def fixture_host(tmp_path, monkeypatch):
             (cgroup / "memory.stat").write_text(f"anon 1\nactive_file {inactive}\n")
         monkeypatch.setattr(process, "PROC", str(tmp_path / "proc"))
         monkeypatch.setattr(resources, "_CGROUPS", str(tmp_path / "cgroup"))
-        return [blocker.message for blocker in resources.blockers(7, str(tmp_path / "not" / "there"))]
+        return [blocker.message for blocker in resources.memory_blockers(resources.demand(7, running, own))]
 
     return make
 
@@ -40,7 +41,7 @@ def test_a_host_with_room_is_none(host):
 
 def test_a_host_without_memory_is_told_with_both_figures(host):
     (message,) = host(available=100 << 10)
-    assert "some 232 MiB" in message and "the host has 100 MiB left" in message
+    assert "needs 232 MiB" in message and "the host has 100 MiB left" in message
 
 
 def test_a_cgroup_above_with_a_limit_counts(host):
@@ -56,3 +57,65 @@ def test_a_module_directory_of_another_build_is_told(host):
     host(environment="A=1\0QEMU_MODULE_DIR=/usr/lib/qemu-10.0\0")
     (warning,) = resources.warnings(7)
     assert warning.code == "module-directory" and "/usr/lib/qemu-10.0" in warning.message
+
+
+PRIVATE = Block("pc.ram", 1 << 30)
+
+
+def test_a_copy_of_the_guests_ram_counts_and_its_first_one_does_not_count_twice(host):
+    # All of the old QEMU's 200 MiB are the guest's RAM, as far as it was used.
+    (message,) = host(available=1040 << 10, running=[PRIVATE], own=[PRIVATE])
+    assert "needs 1056 MiB" in message and "the host has 1040 MiB left" in message
+
+
+@pytest.fixture(name="pools")
+def fixture_pools(tmp_path, monkeypatch, host):
+    """Two NUMA nodes, and huge pages of 2 MiB in both, of which one is promised to somebody."""
+    for node, (free, pages) in enumerate(((400 << 10, 16), (50 << 10, 4))):
+        directory = tmp_path / "node" / f"node{node}"
+        (directory / "hugepages" / "hugepages-2048kB").mkdir(parents=True)
+        (directory / "meminfo").write_text(f"Node {node} MemFree: {free} kB\nNode {node} Inactive(file): 1024 kB\n")
+        (directory / "hugepages" / "hugepages-2048kB" / "free_hugepages").write_text(f"{pages}\n")
+    pages = tmp_path / "hugepages" / "hugepages-2048kB"
+    pages.mkdir(parents=True)
+    (pages / "free_hugepages").write_text("20\n")
+    (pages / "resv_hugepages").write_text("1\n")
+    monkeypatch.setattr(resources, "_NODES", str(tmp_path / "node"))
+    monkeypatch.setattr(resources, "_HUGE_PAGES", str(tmp_path / "hugepages"))
+    return host
+
+
+@pytest.mark.parametrize(
+    ("block", "expected"),
+    [
+        (Block("m0", 256 << 20, nodes=(0,)), None),
+        (Block("m1", 256 << 20, nodes=(1,)), "NUMA node 1 has 51 MiB left"),
+        (Block("m", 440 << 20, nodes=(0, 1)), None),
+        (Block("h", 38 << 20, page_size=2 << 20), None),
+        (Block("h", 40 << 20, page_size=2 << 20), "the pool of 2048 KiB pages of the host has 38 MiB left"),
+        (
+            Block("h", 8 << 20, page_size=2 << 20, nodes=(1,)),
+            "the pool of 2048 KiB pages of NUMA node 1 has 6 MiB left",
+        ),
+    ],
+)
+def test_ram_is_counted_where_it_must_come_from(pools, block, expected):
+    messages = pools(running=[block], own=[block])
+    assert [expected in message for message in messages] == ([True] if expected else [])
+
+
+def test_those_who_come_later_find_what_the_first_ones_left(host):
+    host(available=3 << 20)
+    room, needed = resources.Room(), resources.demand(7, [PRIVATE], [PRIVATE])
+    assert room.short(needed) is None
+    room.take(needed)
+    assert room.short(needed) is None
+    room.take(needed)
+    pool, size, left = room.short(needed)
+    assert (str(pool), size >> 20, left >> 20) == ("the host", 1056, 960)
+
+
+def test_a_disk_without_room_is_told(tmp_path):
+    assert resources.disk_blockers(str(tmp_path / "not" / "there")) == []
+    (blocker,) = resources.disk_blockers(str(tmp_path / "not" / "there"), 1 << 60)
+    assert blocker.code == "disk-short" and str(tmp_path) in blocker.message

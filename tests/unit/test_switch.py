@@ -15,6 +15,7 @@ import types
 
 import pytest
 
+from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import switch
 
 STOP = {"event": "STOP"}
@@ -42,7 +43,9 @@ def until_completed(old, new):
         living = types.SimpleNamespace(ended=asyncio.Event())
         ends = switch.Ends(old, new, living, living)
         started = time.monotonic()
-        await switch._until_completed(None, ends, None, None, switch._Progress(), 5.0, PAUSE_LIMIT)
+        update = journal.Update("web1", "/nowhere")
+        takeover = switch._Takeover(update, ends, None, None, switch.Limits(timeout=5.0, copy=5.0, pause=PAUSE_LIMIT))
+        await takeover._until_completed("old", "new")
         return time.monotonic() - started
 
     return asyncio.run(waiting())

@@ -13,9 +13,9 @@ import typing as t
 from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     guests,
     handshake,
+    modes,
     process,
     qemu_binary,
-    readiness,
     rehearsal,
 )
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
@@ -35,16 +35,27 @@ async def assess_all(task: Task) -> list[Outcome]:
 
         async def one(name: str) -> Outcome:
             inspection = await preflight.inspect(selected[name], task.journal.directory)
-            blockers = await _whatever_the_mode(inspection, probe, wishes)
+            blockers = await _of_each_mode(inspection, probe, wishes)
+            choice = modes.choose(
+                task.parameters["mode"],
+                blockers,
+                adopt=task.parameters["adopt"],
+                memory_in_place=inspection.memory_in_place,
+            )
             warnings = inspection.warnings_for(probe.binary)
-            # Not where it would take the last memory, nor where nothing is to be learnt.
-            useful = not inspection.room and not _is_up_to_date(inspection, probe.binary)
+            # Not where nothing is to be learnt.
+            useful = isinstance(choice, modes.Choice) and not _is_up_to_date(inspection, probe.binary)
             if task.parameters["rehearse"] and inspection.description and useful:
+                options = inspection.options_for(probe.binary, choice.mode)
+                running = inspection.description.running
                 for item in await rehearse.rehearse(
-                    selected[name], inspection.description, probe.binary.path, timeout=task.timeout
+                    selected[name], options, running, probe.binary.path, timeout=task.timeout
                 ):
-                    (warnings if item.code == rehearsal.NOT_REHEARSED else blockers).append(item)
-            return _outcome(name, inspection, probe.binary, blockers, warnings)
+                    if item.code == rehearsal.NOT_REHEARSED:
+                        warnings.append(item)
+                    else:
+                        choice = [*choice, item] if isinstance(choice, list) else [item]
+            return _outcome(name, inspection, probe.binary, blockers, choice, warnings)
 
         return await task.for_each(names, "preflight", one)
 
@@ -53,15 +64,24 @@ def _is_up_to_date(inspection: preflight.Inspection, binary: Binary) -> bool:
     return inspection.process.executable_id == binary.executable_id
 
 
-async def _whatever_the_mode(
+async def _of_each_mode(
     inspection: preflight.Inspection, probe: qemu_binary.Probe, wishes: handshake.Wishes
-) -> list[CprError]:
-    found = await inspection.unknown_to(probe)
-    if inspection.observation:
-        try:
-            handshake.agree(inspection.observation.offer, probe.binary.offer, wishes)
-        except CprError as error:
-            found.append(error)
+) -> dict[str, list[CprError]]:
+    """What stands in the way of each mode, but for what a rehearsal shows."""
+    found = {}
+    for mode in modes.MODES:
+        found[mode] = [*inspection.blockers_for(probe.binary, mode), *await inspection.unknown_to(probe, mode)]
+        if inspection.observation:
+            try:
+                handshake.agree(
+                    inspection.observation.offer,
+                    probe.binary.offer,
+                    wishes,
+                    mode,
+                    in_place=inspection.memory_in_place,
+                )
+            except CprError as error:
+                found[mode].append(error)
     return found
 
 
@@ -69,36 +89,43 @@ def _outcome(
     name: str,
     inspection: preflight.Inspection,
     binary: Binary,
-    everywhere: list[CprError],
+    of_each: t.Mapping[str, list[CprError]],
+    choice: modes.Choice | list[CprError],
     warnings: list[CprError],
 ) -> Outcome:
     """Both sides of the judgement.
 
-    :param everywhere: what stands in the way, whatever the mode.
+    :param of_each: what stands in the way of each mode.
+    :param choice: the mode that the guest would take, or what stands in the way of that.
     :param warnings: what does not, and should be known.
     """
     up_to_date = _is_up_to_date(inspection, binary)
     warnings = [] if up_to_date else warnings
-    modes = {}
-    for mode in readiness.MODES:
-        blockers = [] if up_to_date else [*inspection.blockers_for(binary, mode), *everywhere]
-        modes[mode] = {
-            "verdict": "blocked" if blockers else "warning" if warnings else "ready",
-            "reasons": [
-                *({"severity": "blocker", **_as_dict(item)} for item in blockers),
-                *({"severity": "warning", **_as_dict(item)} for item in warnings),
-            ],
-        }
+    verdicts = {mode: _verdict([] if up_to_date else blockers, warnings) for mode, blockers in of_each.items()}
+    chosen = choice if isinstance(choice, modes.Choice) else None
+    overall = _verdict([] if up_to_date or chosen else t.cast("list[CprError]", choice), warnings)
     return Outcome(
         name,
         False,
-        _sentence(inspection, binary, modes["cpr-transfer"], up_to_date),
+        _sentence(inspection, binary, chosen, overall, up_to_date),
         extra={
             "up_to_date": up_to_date,
-            "modes": modes,
+            "mode": chosen.mode if chosen and not up_to_date else None,
+            **overall,
+            "modes": verdicts,
             "notes": inspection.description.notes if inspection.description else [],
         },
     )
+
+
+def _verdict(blockers: list[CprError], warnings: list[CprError]) -> dict[str, t.Any]:
+    return {
+        "verdict": "blocked" if blockers else "warning" if warnings else "ready",
+        "reasons": [
+            *({"severity": "blocker", **_as_dict(item)} for item in blockers),
+            *({"severity": "warning", **_as_dict(item)} for item in warnings),
+        ],
+    }
 
 
 def _as_dict(item: CprError) -> dict[str, str]:
@@ -106,7 +133,11 @@ def _as_dict(item: CprError) -> dict[str, str]:
 
 
 def _sentence(
-    inspection: preflight.Inspection, binary: Binary, verdict: t.Mapping[str, t.Any], up_to_date: bool
+    inspection: preflight.Inspection,
+    binary: Binary,
+    chosen: modes.Choice | None,
+    overall: t.Mapping[str, t.Any],
+    up_to_date: bool,
 ) -> str:
     if up_to_date:
         return f"The guest runs on {binary.path} already."
@@ -116,8 +147,9 @@ def _sentence(
         "ready": "The guest can go",
         "warning": "The guest can go, with a warning,",
         "blocked": "The guest can't go",
-    }[verdict["verdict"]]
-    reasons = [f"{item['message']} {item['hint']} [{item['code']}]" for item in verdict["reasons"]]
+    }[overall["verdict"]]
+    way = f" by {chosen.mode}" if chosen else ""
+    reasons = [f"{item['message']} {item['hint']} [{item['code']}]" for item in overall["reasons"]]
     notes = inspection.description.notes if inspection.description else []
-    sentences = [f"{said}{versions} to {binary.offer.version_text} by cpr-transfer.", *reasons, *notes]
-    return " ".join(sentences)
+    why = [chosen.reason] if chosen else []
+    return " ".join([f"{said}{versions} to {binary.offer.version_text}{way}.", *why, *reasons, *notes])

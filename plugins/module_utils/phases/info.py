@@ -8,9 +8,11 @@ Private to the collection.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import typing as t
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import guests, offer, process, qemu_binary, readiness
+from ansible_collections.vmfleet.cpr.plugins.module_utils import guests, journal, modes, offer, process, qemu_binary
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import preflight
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
@@ -29,9 +31,20 @@ async def inspect_all(task: Task) -> list[Outcome]:
     async def one(name: str) -> Outcome:
         inspection = await preflight.inspect(selected[name], task.journal.directory)
         update = task.journal.load(name)
-        return Outcome(name, False, _sentence(inspection), update, extra=_facts(inspection, binary))
+        return Outcome(
+            name, False, _sentence(inspection), update, extra={**_facts(inspection, binary), "copy": _copy(update)}
+        )
 
     return await task.for_each(names, "preflight", one)
+
+
+def _copy(update: journal.Update | None) -> dict[str, t.Any] | None:
+    """How far the copy of a guest's RAM is that goes on now."""
+    if update is None or update.phase != journal.SWITCHING:
+        return None
+    with contextlib.suppress(OSError, ValueError), open(update.progress, encoding="ascii") as stream:
+        return json.load(stream)
+    return None
 
 
 def _facts(inspection: preflight.Inspection, binary: offer.Binary | None) -> dict[str, t.Any]:
@@ -40,10 +53,10 @@ def _facts(inspection: preflight.Inspection, binary: offer.Binary | None) -> dic
     def as_dicts(blockers: t.Iterable[CprError]) -> list[dict[str, str]]:
         return [{"code": item.code, "message": item.message, "hint": item.hint} for item in blockers]
 
-    modes = {}
-    for mode in readiness.MODES:
+    ready = {}
+    for mode in modes.MODES:
         blockers = inspection.blockers_of(mode)
-        modes[mode] = {"ready": not blockers, "blockers": as_dicts(blockers)}
+        ready[mode] = {"ready": not blockers, "blockers": as_dicts(blockers)}
     facts: dict[str, t.Any] = {
         "pid": qemu.identity.pid,
         "binary": qemu.executable,
@@ -53,15 +66,18 @@ def _facts(inspection: preflight.Inspection, binary: offer.Binary | None) -> dic
         "architecture": seen.offer.architecture if seen else None,
         "machine_type": seen.machine_type if seen else None,
         "run_state": seen.run_state if seen else None,
-        "modes": modes,
+        "modes": ready,
         "notes": inspection.description.notes if inspection.description else [],
         "systemd_unit": inspection.unit["Id"] if inspection.unit else None,
     }
     if binary:
-        blockers = inspection.blockers_for(binary)
-        facts["up_to_date"] = qemu.executable_id == binary.executable_id
+        by_mode = {mode: inspection.blockers_for(binary, mode) for mode in modes.MODES}
+        choice = modes.choose(modes.AUTO, by_mode, adopt=True, memory_in_place=inspection.memory_in_place)
+        up_to_date = qemu.executable_id == binary.executable_id
+        facts["up_to_date"] = up_to_date
         facts["wanted_version"] = binary.offer.version_text
-        facts["update_blockers"] = [] if facts["up_to_date"] else as_dicts(blockers)
+        facts["update_mode"] = None if up_to_date or isinstance(choice, list) else choice.mode
+        facts["update_blockers"] = as_dicts(choice) if isinstance(choice, list) and not up_to_date else []
     return facts
 
 
@@ -69,7 +85,7 @@ def _sentence(inspection: preflight.Inspection) -> str:
     seen = inspection.observation
     if seen is None:
         return str(inspection.blockers[-1])
-    ready = [mode for mode in readiness.MODES if not inspection.blockers_of(mode)]
+    ready = [mode for mode in modes.MODES if not inspection.blockers_of(mode)]
     return (
         f"The guest is {seen.run_state} on QEMU {seen.offer.version_text}, ready for {', '.join(ready) or 'no mode'}."
     )

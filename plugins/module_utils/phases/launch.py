@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import stat
 import time
 import typing as t
 
@@ -22,17 +23,27 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     handshake,
     journal,
     launcher,
+    modes,
     namespaces,
     network,
     new_command_line,
     process,
     offer,
     qemu_binary,
+    resources,
     surroundings,
     systemd,
 )
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, preflight, recover, rollback
+from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_EXEC, CPR_TRANSFER
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import (
+    failures,
+    preflight,
+    reach,
+    recover,
+    rehearse,
+    rollback,
+)
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
 
 # Seconds between two looks for the socket: it is there some 50 ms after the start.
@@ -57,7 +68,7 @@ class Plan:
         """What people should know beforehand, as sentences."""
         description = self.inspection.description
         notes = list(description.notes) if description else []
-        if self.inspection.unit and systemd.needs_drop_in(self.inspection.unit):
+        if self.update.unit and self.inspection.unit and systemd.needs_drop_in(self.inspection.unit):
             notes.append(f"The unit {self.update.unit} gets a drop-in until the next reboot (NotifyAccess=main).")
         return notes
 
@@ -99,6 +110,7 @@ async def launch_all(task: Task) -> list[Outcome]:
 
 async def _launch_all(task: Task, probe: qemu_binary.Probe) -> list[Outcome]:
     binary = probe.binary
+    wish, adopt = task.parameters["mode"], task.parameters["adopt"]
     names, found = guests.select(task.guests, guests.by_name(process.find(), task.journal))
     wishes = handshake.Wishes.of(task.parameters)
     plans: dict[str, Plan] = {}
@@ -124,11 +136,19 @@ async def _launch_all(task: Task, probe: qemu_binary.Probe) -> list[Outcome]:
         if found[name].executable_id == binary.executable_id:
             return _outcome(name, unfinished, f"The guest runs on {binary.path} already.", news, update=earlier)
         inspection = await preflight.inspect(found[name], task.journal.directory)
-        for blocker in [*inspection.blockers_for(binary), *await inspection.unknown_to(probe)]:
-            raise blocker
-        plans[name] = _plan(task.journal, name, inspection, binary, wishes)
+        choice = await inspection.choose(probe, wish, adopt)
+        if isinstance(choice, list):
+            raise choice[0]
+        plans[name] = _plan(task.journal, name, inspection, binary, wishes, choice)
         plans[name].news = news
-        message = " ".join(["The new QEMU would be started.", *plans[name].notes])
+        if choice.mode == CPR_EXEC and not task.check_mode:
+            # What the new QEMU does not take must be known now: there is no old one afterwards.
+            running = t.cast("t.Any", inspection.description).running
+            for blocker in await rehearse.rehearse(
+                found[name], inspection.options_for(binary, choice.mode), running, binary.path, timeout=task.timeout
+            ):
+                raise blocker
+        message = " ".join([f"The guest would go by {choice.mode}. {choice.reason}", *plans[name].notes])
         return _outcome(name, True, message, news, plan=plans[name])
 
     async def start(name: str) -> Outcome:
@@ -142,7 +162,10 @@ async def _launch_all(task: Task, probe: qemu_binary.Probe) -> list[Outcome]:
                 )
             task.claim(plan.update)
             await launch(plan, timeout=task.timeout)
-        message = " ".join([f"QEMU {binary.offer.version_text} waits for the guest's CPR state.", *plan.notes])
+        waits = f"QEMU {binary.offer.version_text} waits for the guest, which goes by {plan.update.mode}."
+        if plan.update.mode == CPR_EXEC:
+            waits = f"QEMU {binary.offer.version_text} was rehearsed; the guest goes by cpr-exec."
+        message = " ".join([waits, plan.update.mode_reason, *plan.notes])
         return _outcome(name, True, message, plan.news, plan=plan)
 
     checked = await task.for_each(names, "preflight", check)
@@ -151,9 +174,36 @@ async def _launch_all(task: Task, probe: qemu_binary.Probe) -> list[Outcome]:
     if any(outcome.error for outcome in checked):
         # Nothing was started, for nobody.
         return [item if item.error else _outcome(item.guest, False, "Nothing was started.") for item in checked]
+    waiting = _those_without_room(plans)
     await _let_units_speak(plans.values())
-    started = {item.guest: item for item in await task.for_each(plans, "launch", start)}
-    return [started.get(item.guest, item) for item in checked]
+    done = [*waiting, *await task.for_each(plans, "launch", start)]
+    by_name = {item.guest: item for item in done}
+    return [by_name.get(item.guest, item) for item in checked]
+
+
+def _those_without_room(plans: dict[str, Plan]) -> list[Outcome]:
+    """Take out the guests that have room for a second QEMU only after others are done."""
+    room = resources.Room()
+    found = []
+    for name, plan in list(plans.items()):
+        needed = plan.inspection.demand(plan.update.mode)
+        short = room.short(needed) if plan.update.mode != CPR_EXEC else None
+        if short is None:
+            room.take(needed)
+            continue
+        pool, size, left = short
+        found.append(
+            _outcome(
+                name,
+                False,
+                f"The guest waits until others are done: its new QEMU needs {size >> 20} MiB, and {pool} has"
+                f" {left >> 20} MiB left beside theirs.",
+                plan.news,
+                deferred=True,
+            )
+        )
+        del plans[name]
+    return found
 
 
 def _news(earlier: journal.Update | None, run: dict[str, str] | None) -> str | None:
@@ -171,6 +221,7 @@ def _outcome(
     *,
     update: journal.Update | None = None,
     plan: Plan | None = None,
+    deferred: bool = False,
 ) -> Outcome:
     """:param plan: of a guest whose new QEMU waits, or would in check mode."""
     return Outcome(
@@ -178,7 +229,7 @@ def _outcome(
         changed,
         message,
         plan.update if plan else update,
-        extra={"launched": plan is not None, "earlier_run": news},
+        extra={"launched": plan is not None, "deferred": deferred, "earlier_run": news},
         diff=plan.diff() if plan else None,
         warnings=plan.warnings if plan else [],
     )
@@ -190,13 +241,22 @@ def _plan(
     inspection: preflight.Inspection,
     binary: offer.Binary,
     wishes: handshake.Wishes,
+    choice: modes.Choice,
 ) -> Plan:
     old = inspection.process
     observation = t.cast("t.Any", inspection.observation)
-    description = t.cast("t.Any", inspection.description)
-    update = journal.Update(guest=name, directory=records.path(name))
+    running = t.cast("t.Any", inspection.description).running
+    update = journal.Update(guest=name, directory=records.path(name), mode=choice.mode, mode_reason=choice.reason)
     update.generation = new_command_line.generation_of(old.options) + 1
-    command = new_command_line.make(description.options, description.running, cpr_socket=update.cpr_socket)
+    options = inspection.options_for(binary, choice.mode)
+    in_place = choice.mode == CPR_EXEC
+    if in_place:
+        command = new_command_line.make_in_place(options, running, state=update.state_file)
+        update.exec_command = [binary.path, *command_line.write(command.arguments)]
+        update.permissions = _permissions(old, command)
+    else:
+        cpr_socket = update.cpr_socket if choice.mode == CPR_TRANSFER else None
+        command = new_command_line.make(options, running, cpr_socket=cpr_socket)
     if len(update.main_socket.encode()) > new_command_line.SOCKET_PATH_LIMIT:
         raise CprError(
             "socket-path-too-long",
@@ -205,11 +265,13 @@ def _plan(
         )
     update.machine_type = observation.machine_type
     update.run_state = observation.run_state
-    update.taps = list(description.running.taps)
-    update.unit = inspection.unit["Id"] if inspection.unit else None
+    update.taps = [] if in_place else list(running.taps)
+    update.unit = inspection.unit["Id"] if inspection.unit and not in_place else None
     update.display, update.forwards = command.display, command.forwards
     update.renames = [(old.path(temporary), old.path(stable)) for temporary, stable in command.renames]
-    agreement = handshake.agree(observation.offer, binary.offer, wishes)
+    agreement = handshake.agree(
+        observation.offer, binary.offer, wishes, choice.mode, in_place=observation.memory_in_place
+    )
     update.capabilities, update.parameters = agreement.capabilities, agreement.parameters
     update.dropped = agreement.dropped
     monitor = t.cast(str, inspection.monitor)
@@ -221,19 +283,29 @@ def _plan(
         monitor=monitor,
     )
     update.new = journal.Qemu(
-        pid=0,
-        start_time=0,
+        pid=old.identity.pid if in_place else 0,
+        start_time=old.identity.start_time if in_place else 0,
         executable=binary.path,
         version=binary.offer.version_text,
-        monitor=next(temporary for temporary, stable in update.renames if stable == monitor),
+        monitor=monitor if in_place else next(path for path, stable in update.renames if stable == monitor),
     )
     _check_visible(old, [binary.path, records.directory, *(os.path.dirname(path) for path, dummy in update.renames)])
     return Plan(inspection, binary, update, command)
 
 
+def _permissions(old: process.QemuProcess, command: new_command_line.NewCommandLine) -> list[tuple[str, int, int, int]]:
+    """Path, owner, group and mode of what the old QEMU has bound and the new one will bind anew."""
+    found = []
+    for path in map(old.path, new_command_line.bound_paths(command.arguments)):
+        with contextlib.suppress(OSError):
+            status = os.stat(path)
+            found.append((path, status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)))
+    return found
+
+
 async def _let_units_speak(plans: t.Iterable[Plan]) -> None:
     """All at once: systemd reads all its units anew for it."""
-    units = [plan.inspection.unit for plan in plans]
+    units = [plan.inspection.unit for plan in plans if plan.update.unit]
     silent = [unit["Id"] for unit in units if unit and systemd.needs_drop_in(unit)]
     if silent:
         await systemd.let_speak(silent)
@@ -260,12 +332,12 @@ def _check_visible(old: process.QemuProcess, paths: t.Iterable[str]) -> None:
 
 
 async def launch(plan: Plan, *, timeout: float) -> None:
-    """Start the new QEMU and wait until it listens for the CPR state; the guest runs on.
+    """Start the new QEMU and wait until it waits for the guest, which runs on.
 
-    It creates no device and answers no monitor before it has that state, so its socket is
-    all that can be waited for.
+    With cpr-transfer it creates no device and answers no monitor before it has the CPR state, so
+    its socket is all that can be waited for. With cpr-exec nothing is started.
 
-    :param timeout: seconds until it must listen.
+    :param timeout: seconds until it must wait.
     :raises CprError: ``new-qemu-exited`` with the end of its standard error;
         ``new-qemu-silent``. The new QEMU is then gone.
     """
@@ -276,6 +348,9 @@ async def launch(plan: Plan, *, timeout: float) -> None:
         surroundings.read(old.pid), working_directory=plan.inspection.process.working_directory
     )
     _make_channels(update, around)
+    if update.mode == CPR_EXEC:
+        update.enter(journal.LAUNCHED)
+        return
     owner = around.user
     if new_command_line.changes_user(plan.command.arguments):
         around = around.as_root()
@@ -289,8 +364,10 @@ async def launch(plan: Plan, *, timeout: float) -> None:
                 child.start(timeout)
         with process.Watch(child.identity) as watch:
             try:
-                await _wait_until_listening(update, watch, timeout)
-                if os.geteuid() == 0:  # the old QEMU may be another user by now than the new one still is
+                await _wait_until_waiting(update, watch, timeout)
+                if (
+                    os.geteuid() == 0 and update.mode == CPR_TRANSFER
+                ):  # the old QEMU may be another user by now than the new one still is
                     os.chown(update.cpr_socket, owner, -1)
             except BaseException:
                 await watch.kill()
@@ -316,18 +393,26 @@ def _make_channels(update: journal.Update, around: surroundings.Surroundings) ->
             os.unlink(leftover)
 
 
-async def _wait_until_listening(update: journal.Update, watch: process.Watch, timeout: float) -> None:
+async def _wait_until_waiting(update: journal.Update, watch: process.Watch, timeout: float) -> None:
     path = update.cpr_socket
     deadline = time.monotonic() + timeout
+    if update.mode != CPR_TRANSFER:
+        if await reach.answers(update, watch, deadline):
+            return
+        raise failures.new_qemu_exited(update) if watch.ended.is_set() else _silent(timeout)
     while not _is_listening(path, watch.identity.pid):
         if time.monotonic() > deadline:
-            raise CprError(
-                "new-qemu-silent",
-                f"The new QEMU did not listen for the CPR state within {timeout:g} s.",
-                "Give it more time (timeout), or see why the host is slow.",
-            )
+            raise _silent(timeout)
         if await watch.wait(_POLL):
             raise failures.new_qemu_exited(update)
+
+
+def _silent(timeout: float) -> CprError:
+    return CprError(
+        "new-qemu-silent",
+        f"The new QEMU did not wait for the guest within {timeout:g} s.",
+        "Give it more time (timeout), or see why the host is slow.",
+    )
 
 
 def _is_listening(path: str, pid: int) -> bool:

@@ -9,6 +9,7 @@ Private to the collection.
 from __future__ import annotations
 
 import contextlib
+import os
 import typing as t
 from dataclasses import dataclass, field
 
@@ -18,7 +19,10 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     descriptors,
     device_tree,
     guests,
+    machine_view,
     managers,
+    memory,
+    modes,
     namespaces,
     new_command_line,
     process,
@@ -28,6 +32,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     systemd,
 )
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_EXEC, CPR_REBOOT, MODES, PRECOPY
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import view
@@ -43,7 +48,9 @@ class Inspection:
     :ivar monitor: the path at which its monitor answered, or None.
     :ivar observation: what the monitor said, or None where it didn't answer.
     :ivar blockers: what stands in the way, whatever the mode.
-    :ivar room: what the host lacks for a second QEMU beside it.
+    :ivar beside: what stands in the way of a second QEMU beside this one.
+    :ivar in_exec: what stands in the way of this process becoming another QEMU.
+    :ivar room: what the host lacks, by mode.
     :ivar unit: the systemd service that it is the main process of, or None.
     :ivar description: what the new QEMU must have like it, or None where it can't be told.
     """
@@ -52,27 +59,66 @@ class Inspection:
     monitor: str | None = None
     observation: readiness.Observation | None = None
     blockers: list[CprError] = field(default_factory=list)
-    room: list[CprError] = field(default_factory=list)
+    beside: list[CprError] = field(default_factory=list)
+    in_exec: list[CprError] = field(default_factory=list)
+    room: dict[str, list[CprError]] = field(default_factory=dict)
     description: t.Optional[Description] = None
     unit: t.Optional[dict[str, str]] = None
+
+    @property
+    def memory_in_place(self) -> bool:
+        """Whether another QEMU can map the guest's RAM where it is."""
+        return self.observation is not None and self.observation.memory_in_place
 
     def blockers_of(self, mode: str) -> list[CprError]:
         """All that stands between the guest and a mode."""
         judged = readiness.blockers(self.observation, mode) if self.observation else []
-        room = self.room if mode == "cpr-transfer" else []  # the others have one QEMU after the other
-        sandbox = readiness.sandbox_blockers(self.description.options, mode) if self.description else []
-        return [*self.blockers, *room, *sandbox, *judged]
+        special = memory.special_backends(self.description.options) if self.description and mode == PRECOPY else []
+        one_or_two = self.in_exec if mode == CPR_EXEC else self.beside
+        return [*self.blockers, *one_or_two, *special, *judged, *self.room.get(mode, ())]
 
-    def blockers_for(self, binary: Binary, mode: str = "cpr-transfer") -> list[CprError]:
+    def blockers_for(self, binary: Binary, mode: str) -> list[CprError]:
         """All that stands between the guest and this binary, but for `unknown_to`."""
         fitting = readiness.binary_blockers(self.observation, binary, mode) if self.observation else []
+        if mode == PRECOPY and self.observation and self.description:
+            default_ram = binary.default_ram.get(self.observation.machine_type)
+            fitting += memory.default_ram_blockers(self.description.options, self.observation.memory, default_ram)
         return [*self.blockers_of(mode), *fitting]
 
-    async def unknown_to(self, probe: Probe) -> list[CprError]:
+    async def choose(self, probe: Probe, wish: str, adopt: bool) -> modes.Choice | list[CprError]:
+        """Which mode the guest takes to a binary, or what stands in the way; as `modes.choose`."""
+        return modes.choose(
+            wish,
+            {mode: [*self.blockers_for(probe.binary, mode), *await self.unknown_to(probe, mode)] for mode in MODES},
+            adopt=adopt,
+            memory_in_place=self.memory_in_place,
+        )
+
+    def options_for(self, binary: Binary, mode: str) -> list[command_line.Option]:
+        """The options of the QEMU that takes over a guest without blockers, before paths and descriptors are its own."""
+        observation, description = t.cast("t.Any", self.observation), t.cast("t.Any", self.description)
+        if mode != PRECOPY:
+            return description.options
+        return memory.adopted(
+            description.options,
+            observation.memory,
+            default_ram=binary.default_ram.get(observation.machine_type),
+            aux_ram_share=binary.has_aux_ram_share,
+        )
+
+    def demand(self, mode: str) -> resources.Demand:
+        """What of the host's memory the update takes."""
+        ram = self.observation.memory if self.observation else ()
+        copied = mode == PRECOPY or mode == CPR_REBOOT and not self.memory_in_place
+        return resources.demand(self.process.identity.pid, ram, ram if copied else ())
+
+    async def unknown_to(self, probe: Probe, mode: str) -> list[CprError]:
         """What the guest's command line sets and a binary does not know."""
         if not self.observation or not self.description:
             return []
-        options = self.description.options
+        if mode == PRECOPY and self.blockers_for(probe.binary, mode):
+            return []  # there is no command line to judge
+        options = self.options_for(probe.binary, mode)
         machine = f"{self.observation.machine_type}-machine"
         drivers = [command_line.read_properties(option) for option in options if option.name == "device"]
         kinds = {machine, *(driver.implied or driver.get("driver") or "" for driver in drivers)}
@@ -102,13 +148,11 @@ async def inspect(qemu: QemuProcess, state_directory: str) -> Inspection:
     except CprError as error:
         inspection.blockers.append(error)
         return inspection  # its monitor is not ours to open
-    with contextlib.suppress(OSError):  # it is gone, or another user's: others will say so
-        inspection.room = resources.blockers(qemu.identity.pid, state_directory)
-    for check in (_refuse_unsupported, _find_unit):
+    for check, where in ((_refuse_unsupported, inspection.blockers), (_find_unit, inspection.beside)):
         try:
             await check(inspection)
         except CprError as error:
-            inspection.blockers.append(error)
+            where.append(error)
     try:
         async with await guests.open_monitor(qemu) as monitor:
             inspection.monitor = monitor.where
@@ -117,6 +161,7 @@ async def inspect(qemu: QemuProcess, state_directory: str) -> Inspection:
             # What can't be handed over is found out by trying.
             new_command_line.make(description.options, description.running, cpr_socket="/")
             inspection.description = description
+            inspection.in_exec = _against_exec(qemu, description)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         inspection.blockers.append(
             CprError(
@@ -129,7 +174,24 @@ async def inspect(qemu: QemuProcess, state_directory: str) -> Inspection:
         # What can't be read of the command line was said already.
         if str(error) not in map(str, inspection.blockers):
             inspection.blockers.append(error)
+    with contextlib.suppress(OSError):  # it is gone, or another user's: others will say so
+        _look_for_room(inspection, state_directory)
     return inspection
+
+
+def _look_for_room(inspection: Inspection, state_directory: str) -> None:
+    for mode in MODES:
+        written = inspection.observation.writes_its_memory if inspection.observation and mode == CPR_REBOOT else 0
+        disk = resources.disk_blockers(state_directory, written)
+        # cpr-exec has one QEMU after the other.
+        ram = [] if mode == CPR_EXEC else resources.memory_blockers(inspection.demand(mode))
+        inspection.room[mode] = [*ram, *disk]
+
+
+def _against_exec(qemu: QemuProcess, description: Description) -> list[CprError]:
+    pid = qemu.identity.pid
+    moved = os.path.realpath(f"{process.PROC}/{pid}/cwd") != os.path.realpath(qemu.working_directory)
+    return readiness.exec_blockers(description.options, process.kept_by_exec(pid), moved=moved)
 
 
 def _refuse_foreign(qemu: QemuProcess) -> None:
@@ -172,13 +234,13 @@ async def observe(monitor: Monitor) -> readiness.Observation:
         aux_ram_share = await monitor.execute("qom-get", {"path": "/machine", "property": "aux-ram-share"})
     run_state = (await monitor.execute("query-status"))["status"]
     migration = (await monitor.execute("query-migrate")).get("status")
-    modes = readiness.MODES if readiness.may_try_modes(run_state, migration) else ()
-    offer, blocked_reasons = await qemu_binary.ask_running(monitor, modes)
+    wanted = MODES if readiness.may_try_modes(run_state, migration) else ()
+    offer, blocked_reasons = await qemu_binary.ask_running(monitor, wanted)
     return readiness.Observation(
         machine_type=await view.machine_type(monitor),
         run_state=run_state,
         migration=migration,
-        memory_backends=await monitor.execute("query-memdev"),
+        memory=await _memory(monitor),
         aux_ram_share=aux_ram_share,
         block_jobs=sorted(await _jobs(monitor)),
         exports=[export["id"] for export in await monitor.execute("query-block-exports")],
@@ -187,6 +249,32 @@ async def observe(monitor: Monitor) -> readiness.Observation:
         device_types=await _device_types(monitor),
         kvm=(await monitor.execute("query-kvm"))["enabled"],
     )
+
+
+async def _memory(monitor: Monitor) -> list[memory.Block]:
+    pages = machine_view.read_page_sizes(await monitor.human("info ramblock"))
+    pages = {name.rpartition("/")[2]: size for name, size in pages.items()}
+    kinds = {item["name"]: item["type"] for item in await monitor.execute("qom-list", {"path": "/objects"})}
+    found = []
+    for item in await monitor.execute("query-memdev"):
+        name = item.get("id", "")
+        is_file = kinds.get(name) == "child<memory-backend-file>"
+
+        async def get(what: str, path: str = f"/objects/{name}", asked: bool = is_file) -> t.Any:
+            return await monitor.execute("qom-get", {"path": path, "property": what}) if asked else None
+
+        found.append(
+            memory.Block(
+                name=name,
+                size=item["size"],
+                page_size=pages.get(name, memory.ORDINARY_PAGE),
+                nodes=tuple(item["host-nodes"]) if item["policy"] == "bind" else (),
+                shared=bool(item.get("share")),
+                path=await get("mem-path"),
+                discarded=bool(await get("discard-data")),
+            )
+        )
+    return found
 
 
 async def _device_types(monitor: Monitor) -> frozenset[str]:

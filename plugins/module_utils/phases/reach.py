@@ -8,15 +8,21 @@ Private to the collection.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import time
 import typing as t
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import journal, verdict
+from ansible_collections.vmfleet.cpr.plugins.module_utils import journal, process, verdict
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_EXEC
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import CONNECT_TIMEOUT, Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 
+# Seconds between two looks for the new QEMU's monitor.
+_POLL = 0.005
 # Seconds in which a QEMU that cuts a connection also ends.
 LAST_BREATH = 0.5
 
@@ -69,9 +75,20 @@ async def judge(update: journal.Update, old_watch: Watch, new_watch: Watch) -> v
     """Where the guest of an update may go on, by its record and by what both QEMUs say now."""
     if update.phase != journal.SWITCHING:
         return verdict.Verdict.FORWARD if update.phase in journal.COMMITTED else verdict.Verdict.BACK
+    if update.mode == CPR_EXEC:
+        # A QEMU that failed to become another one resumes the guest by itself.
+        became = has_become(update) or old_watch.ended.is_set()
+        return verdict.Verdict.FORWARD if became else verdict.Verdict.BACK
     old = await _run_state(old_qemu(update, old_watch), old_watch)
     new = await _run_state(new_qemu(update, new_watch), new_watch)
     return verdict.decide(old, new, update.may_have_run)
+
+
+def has_become(update: journal.Update) -> bool:
+    """With cpr-exec, whether the process is the new QEMU by now; False also where it is gone."""
+    old, new = failures.both(update)
+    present = process.file_id(f"{process.PROC}/{old.pid}/exe")
+    return present is not None and present == process.file_id(new.executable)
 
 
 async def _run_state(connecting: t.Awaitable[Monitor], watch: Watch) -> str:
@@ -80,3 +97,21 @@ async def _run_state(connecting: t.Awaitable[Monitor], watch: Watch) -> str:
             return (await monitor.execute("query-status"))["status"]
     except CprError:
         return verdict.GONE if watch.ended.is_set() else verdict.SILENT
+
+
+async def answers(update: journal.Update, new_watch: Watch, deadline: float) -> bool:
+    """Whether the new QEMU's monitor answers, and it waits for the guest, before the deadline.
+
+    It ends by itself in every case: a connection that fails just when its task is cancelled
+    swallows the cancellation.
+    """
+    dummy, new = failures.both(update)
+    while time.monotonic() < deadline and not new_watch.ended.is_set():
+        if os.path.exists(new.monitor):
+            # It is bound a moment before it listens, and silent until QEMU has started.
+            with contextlib.suppress(CprError):
+                async with await Monitor.connect(new.monitor, deadline - time.monotonic(), pid=new.pid) as monitor:
+                    if (await monitor.execute("query-status"))["status"] == verdict.WAITING:
+                        return True
+        await asyncio.sleep(_POLL)
+    return False

@@ -12,7 +12,9 @@ import contextlib
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, retire, rollback
+from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_EXEC
+from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import cpr_exec, failures, reach, retire, rollback
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 from ansible_collections.vmfleet.cpr.plugins.module_utils.verdict import COMPLETE, Verdict
 
@@ -29,7 +31,7 @@ async def recover(update: journal.Update, *, timeout: float) -> bool:
         verdict = await reach.judge(update, old_watch, new_watch)
         forward = verdict in (Verdict.FORWARD, Verdict.EITHER)
         if forward:
-            async with await reach.new_qemu(update, new_watch, timeout) as monitor:
+            async with await _new_monitor(update, new_watch, timeout) as monitor:
                 if update.phase == journal.SWITCHING:
                     status = (await monitor.execute("query-status"))["status"]
                     if status == COMPLETE and update.run_state == "running":
@@ -40,3 +42,9 @@ async def recover(update: journal.Update, *, timeout: float) -> bool:
     if not forward:
         await rollback.roll_back(update, timeout=timeout)
     return forward
+
+
+async def _new_monitor(update: journal.Update, watch: Watch, timeout: float) -> Monitor:
+    if update.mode == CPR_EXEC and update.phase == journal.SWITCHING:
+        return (await cpr_exec.reach_running(update, watch, timeout))[0]  # it may have just begun
+    return await reach.new_qemu(update, watch, timeout)

@@ -13,6 +13,7 @@ import os
 import shutil
 import socket
 import tempfile
+import typing as t
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     command_line,
@@ -25,35 +26,36 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     rehearsal,
     surroundings,
 )
+from ansible_collections.vmfleet.cpr.plugins.module_utils.command_line import Option
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import view
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases.describe import Description
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import QemuProcess
+from ansible_collections.vmfleet.cpr.plugins.module_utils.taps import Tap
 
 # Its monitor's number in the QEMU that rehearses; `new_command_line` counts from 10 on.
 _MONITOR = 9
 
 
-async def rehearse(qemu: QemuProcess, description: Description, binary: str, *, timeout: float) -> list[CprError]:
+async def rehearse(
+    qemu: QemuProcess, options: t.Sequence[Option], running: new_command_line.Running, binary: str, *, timeout: float
+) -> list[CprError]:
     """What a new QEMU says that is started like it would be for the update. The guest is as before.
 
     It gets RAM of its own, which it never fills, and none of the guest's lines; it runs nothing
     and is ended.
 
+    :param options: of the QEMU that would take the guest over.
     :param timeout: seconds until it must answer.
     :returns: what stands in the way: ``new-qemu-exited`` with its words, or the codes of
         `machine_view.differences`.
     """
     directory = tempfile.mkdtemp(prefix="vmfleet-cpr-")
     try:
-        command = new_command_line.make(
-            description.options, description.running, cpr_socket=os.path.join(directory, "cpr.sock")
-        )
-        command = rehearsal.command_line(command, _MONITOR)
+        command = rehearsal.command_line(new_command_line.make(options, running, cpr_socket=None), _MONITOR)
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            return await _rehearse(qemu, description, binary, command, directory, ours, theirs, timeout)
+            return await _rehearse(qemu, running.taps, binary, command, directory, ours, theirs, timeout)
     except CprError as error:
         return [error]
     finally:
@@ -62,7 +64,7 @@ async def rehearse(qemu: QemuProcess, description: Description, binary: str, *, 
 
 async def _rehearse(
     qemu: QemuProcess,
-    description: Description,
+    doubles: t.Sequence[Tap],
     binary: str,
     command: new_command_line.NewCommandLine,
     directory: str,
@@ -75,8 +77,8 @@ async def _rehearse(
     if new_command_line.changes_user(command.arguments):
         around = around.as_root()
     log = os.path.join(directory, "qemu.log")
-    taps = [dataclasses.replace(tap, temporary=f"{tap.temporary}r") for tap in description.running.taps]
-    renamed = {tap.temporary: f"{tap.temporary}r" for tap in description.running.taps}
+    taps = [dataclasses.replace(tap, temporary=f"{tap.temporary}r") for tap in doubles]
+    renamed = {tap.temporary: f"{tap.temporary}r" for tap in doubles}
     wanted = [
         dataclasses.replace(item, tap=renamed.get(item.tap or ""))
         for item in command.descriptors
@@ -93,7 +95,7 @@ async def _rehearse(
             try:
                 monitor = await Monitor.adopt(ours, "the rehearsal's monitor", timeout)
             except CprError as error:
-                words_of_it = command_line.mask(launcher.last_words(log), command_line.secrets(description.options))
+                words_of_it = command_line.mask(launcher.last_words(log), command_line.secrets(qemu.options))
                 raise CprError(
                     "new-qemu-exited",
                     f"{binary} does not start with the guest's command line: {words_of_it or error}.",

@@ -14,8 +14,16 @@ import typing as t
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_EXEC, PRECOPY
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
-from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, recover, retire, switch, verify
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import (
+    cpr_exec,
+    failures,
+    recover,
+    retire,
+    switch,
+    verify,
+)
 from ansible_collections.vmfleet.cpr.plugins.module_utils.quiet import Quiet
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
 
@@ -34,6 +42,7 @@ async def resume_all(task: Task) -> list[Outcome]:
         would="The guest would be switched to the new QEMU.",
         quiet=quiet,
         pause_limit=task.parameters["pause_limit"],
+        copy_timeout=task.parameters["copy_timeout"],
         heartbeat={"command": task.parameters["heartbeat_command"], "timeout": task.parameters["heartbeat_timeout"]},
         is_abandoned=task.is_abandoned,
     )
@@ -45,6 +54,7 @@ async def resume(
     timeout: float,
     quiet: Quiet,
     pause_limit: float,
+    copy_timeout: float,
     heartbeat: t.Mapping[str, t.Any],
     is_abandoned: t.Callable[[], bool],
 ) -> Outcome:
@@ -55,6 +65,7 @@ async def resume(
     :param timeout: seconds for each connection, and until the old QEMU stops the guest.
     :param quiet: shared by all guests of a task; bounds how many are switched at a time.
     :param pause_limit: seconds that the guest may stand still before the switch is undone.
+    :param copy_timeout: seconds that the copy of a guest's RAM may take, while it runs.
     :param heartbeat: ``command`` and ``timeout`` of `Update.heartbeat`.
     :param is_abandoned: whether whoever waits for the task is gone.
     :raises CprError: ``switch-undone``, ``run-abandoned``, or as `switch.switch` and
@@ -76,9 +87,10 @@ async def resume(
         return Outcome(update.guest, True, "An earlier switch was finished.", update)
     if update.phase != journal.SET_UP:
         raise failures.wrong_phase(update, journal.SET_UP, "migration_setup")
+    in_place = update.mode == CPR_EXEC
     async with contextlib.AsyncExitStack() as stack:
         async with quiet.work():
-            ends = await stack.enter_async_context(switch.open_ends(update, timeout))
+            ends = await stack.enter_async_context((cpr_exec if in_place else switch).open_ends(update, timeout))
             await _note_run_state(update, ends.old)
             await verify.check_heartbeat_command(update)
         async with quiet.switch():
@@ -90,10 +102,14 @@ async def resume(
                 )
             await verify.check_unchanged(update, ends.old)
             started = time.monotonic()
-            await switch.switch(update, ends, timeout=timeout, pause_limit=pause_limit)
+            limits = switch.Limits(timeout, copy_timeout, pause_limit)
+            await (cpr_exec if in_place else switch).switch(update, ends, limits)
             update.took("switch", started)
         async with quiet.work():
-            await retire.retire(update, ends.new, ends.old)
+            if update.mode == PRECOPY:
+                with contextlib.suppress(CprError):  # it is told for information only
+                    update.note_copy(await ends.old.execute("query-migrate"))
+            await retire.retire(update, ends.new, None if in_place else ends.old)
     return Outcome(update.guest, True, str(update.message), update)
 
 

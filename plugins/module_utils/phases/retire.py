@@ -16,6 +16,7 @@ import time
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import journal, network, process, systemd, user_network
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_EXEC
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, setup, verify
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
@@ -57,6 +58,9 @@ async def _retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor
             f"After the switch the guest's run state is {status}.",
             f"The old QEMU (process {old.pid}) was left stopped and must not be continued. Look at the guest.",
         )
+    if update.mode == CPR_EXEC:
+        await _finish_in_place(update, monitor, started)
+        return
     problems = _copy_permissions(update)
     problems += await network.take_addresses(new.pid, update.taps)
     if update.unit:
@@ -77,11 +81,28 @@ async def _retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor
     _restore_paths(update)
     problems += await network.take_names(new.pid, update.taps)
     await _restore_ports(update, monitor)
+    with contextlib.suppress(OSError):
+        os.unlink(update.log_of(update.generation - 1))
+    await _finish(update, monitor, started, problems)
+
+
+async def _finish_in_place(update: journal.Update, monitor: Monitor, started: float) -> None:
+    """There is no old QEMU to end: only what the new one has bound anew is put right."""
+    for path, owner, group, mode in update.permissions:
+        with contextlib.suppress(FileNotFoundError):
+            os.chown(path, owner, group)
+            os.chmod(path, mode)
+    await verify.verify(update, monitor)
+    await _restore_ports(update, monitor)
+    await _finish(update, monitor, started, [])
+
+
+async def _finish(update: journal.Update, monitor: Monitor, started: float, problems: list[str]) -> None:
     await setup.put_back(monitor, update.restore)
     shutil.rmtree(update.channels, ignore_errors=True)
     update.remove_mark()
     with contextlib.suppress(OSError):
-        os.unlink(update.log_of(update.generation - 1))
+        os.unlink(update.progress)
     update.took("retire", started)
     message = " ".join([_message(update), *problems])
     try:
@@ -95,7 +116,10 @@ def _message(update: journal.Update) -> str:
     """What a finished update did, as a sentence."""
     old, new = failures.both(update)
     pause = f" after a pause of {update.pause_ms:g} ms" if update.pause_ms is not None else ""
-    return f"The guest went from QEMU {old.version} to {new.version}{pause}."
+    copied = ""
+    if update.copied:
+        copied = " {mib_transferred} MiB were copied in {passes} passes within {seconds} s.".format(**update.copied)
+    return f"The guest went from QEMU {old.version} to {new.version} by {update.mode}{pause}.{copied}"
 
 
 def _copy_permissions(update: journal.Update) -> list[str]:

@@ -61,7 +61,7 @@ async def roll_back(update: journal.Update, *, timeout: float) -> Outcome:
 
 async def give_up(update: journal.Update, new_watch: Watch) -> CprError:
     """Clear up after an old QEMU that ended with the guest on it; the failure to raise."""
-    await new_watch.kill()
+    await _end_new(update, new_watch)
     remove_traces(update)
     failure = failures.old_qemu_gone(update)
     with contextlib.suppress(CprError):  # the failure itself says more
@@ -77,7 +77,7 @@ async def bring_back(update: journal.Update, monitor: Monitor, new_watch: Watch)
     :raises CprError: ``process-not-dying``, ``qmp-timeout`` and the like: the guest is then
         where the message says.
     """
-    await new_watch.kill()
+    await _end_new(update, new_watch)
     state = await _end_migration(monitor)
     run_state = (await monitor.execute("query-status"))["status"]
     # A failed or cancelled migration resumes the guest by itself, unless it was paused on
@@ -89,6 +89,12 @@ async def bring_back(update: journal.Update, monitor: Monitor, new_watch: Watch)
     with contextlib.suppress(CprError):  # unrecorded it is undone once more by the next run, which does no harm
         update.enter(journal.ROLLED_BACK, BACK)
     return state
+
+
+async def _end_new(update: journal.Update, new_watch: Watch) -> None:
+    old, new = failures.both(update)
+    if new.identity != old.identity:  # with cpr-exec it is the old one still
+        await new_watch.kill()
 
 
 def remove_traces(update: journal.Update) -> None:

@@ -15,6 +15,7 @@ import typing as t
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, journal, machine_view, surroundings
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_EXEC
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, verify, view
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
@@ -44,21 +45,26 @@ async def set_up(update: journal.Update, *, timeout: float, accept_differences: 
     old, new = failures.both(update)
     with Watch(old.identity) as old_watch, Watch(new.identity) as new_watch:
         async with await reach.old_qemu(update, old_watch, timeout) as old_monitor:
-            async with await reach.new_qemu(update, new_watch, timeout) as new_monitor:
-                current = await new_monitor.execute("query-migrate-capabilities")
-                await set_capabilities("new", new_monitor, handshake.capabilities_to_set(current, update.capabilities))
-                for whose, monitor in (("old", old_monitor), ("new", new_monitor)):
-                    await _set_parameters(whose, monitor, update)
-                    await _compare_capabilities(whose, monitor, update)
-                before, after = await asyncio.gather(view.read(old_monitor, old.pid), view.read(new_monitor, new.pid))
-                differences = machine_view.differences(before, after)
-                for code, sentences in differences.items():
-                    if code not in accept_differences:
-                        raise view.difference(code, sentences)
-                agreed = handshake.Agreement(update.capabilities, update.parameters, update.dropped)
-                update.agreement = handshake.record(agreed, machine_view.summary(before), view.HINTS, differences)
-                update.heartbeat = {"agent": await verify.agent_answers(old_monitor, before, old.pid)}
-                await _place_threads(old_monitor, new_monitor)
+            await _set_parameters("old", old_monitor, update)
+            await _compare_capabilities("old", old_monitor, update)
+            before = view.read(old_monitor, old.pid)
+            differences: dict[str, list[str]] = {}
+            if update.mode == CPR_EXEC:
+                machine = await before  # the rehearsal was compared with it
+            else:
+                async with await reach.new_qemu(update, new_watch, timeout) as new_monitor:
+                    await _set_up_new(new_monitor, update)
+                    machine, after = await asyncio.gather(before, view.read(new_monitor, new.pid))
+                    await _place_threads(old_monitor, new_monitor)
+                differences = machine_view.differences(machine, after)
+            for code, sentences in differences.items():
+                if code not in accept_differences:
+                    raise view.difference(code, sentences)
+            agreed = handshake.Agreement(update.capabilities, update.parameters, update.dropped)
+            update.agreement = handshake.record(
+                update.mode, agreed, machine_view.summary(machine), view.HINTS, differences
+            )
+            update.heartbeat = {"agent": await verify.agent_answers(old_monitor, machine, old.pid)}
     update.took("setup", started)
     update.enter(journal.SET_UP)
     names = [name for name, state in update.capabilities.items() if state]
@@ -66,6 +72,13 @@ async def set_up(update: journal.Update, *, timeout: float, accept_differences: 
     message = f"Both QEMUs use the capabilities {', '.join(names)} and are the same machine"
     message += f" but for what was accepted: {'; '.join(accepted)}." if accepted else "."
     return Outcome(update.guest, True, message, update, extra={"agreement": update.agreement})
+
+
+async def _set_up_new(monitor: Monitor, update: journal.Update) -> None:
+    current = await monitor.execute("query-migrate-capabilities")
+    await set_capabilities("new", monitor, handshake.capabilities_to_set(current, update.capabilities))
+    await _set_parameters("new", monitor, update)
+    await _compare_capabilities("new", monitor, update)
 
 
 async def set_capabilities(whose: str, monitor: Monitor, capabilities: list[dict[str, t.Any]]) -> None:

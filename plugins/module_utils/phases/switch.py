@@ -17,10 +17,13 @@ from dataclasses import dataclass
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_REBOOT, PRECOPY
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Event, Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, rollback
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 
+# Seconds between two looks at how far a copy is.
+_COPY_POLL = 1.0
 # Seconds in which the end of a QEMU follows the end of its connection.
 _LAST_BREATH = 0.1
 
@@ -33,29 +36,6 @@ class Ends:
     new: Monitor
     old_watch: Watch
     new_watch: Watch
-
-
-class _Progress:
-    """What the events have said so far, and when it takes too long.
-
-    A timer, not a task with wait_for in it: that one swallows a cancellation that comes at the
-    moment in which it would have ended (Python before 3.12), and the guest would wait for it.
-    """
-
-    def __init__(self) -> None:
-        self.stop: Event | None = None
-        self.overdue = asyncio.Event()
-        self._timer: asyncio.TimerHandle | None = None
-
-    def must_end_within(self, seconds: float) -> None:
-        """Let it be overdue after so many seconds, unless this is called again."""
-        self.cancel()
-        self._timer = asyncio.get_running_loop().call_later(seconds, self.overdue.set)
-
-    def cancel(self) -> None:
-        """Let it never be overdue."""
-        if self._timer:
-            self._timer.cancel()
 
 
 @contextlib.asynccontextmanager
@@ -75,7 +55,21 @@ async def open_ends(update: journal.Update, timeout: float) -> t.AsyncIterator[E
                 await ends.new.close()  # it may be another one by now
 
 
-async def switch(update: journal.Update, ends: Ends, *, timeout: float, pause_limit: float) -> None:
+@dataclass
+class Limits:
+    """How long it may take, in seconds.
+
+    :ivar timeout: until the old QEMU must have stopped the guest.
+    :ivar copy: the same where RAM is copied first.
+    :ivar pause: from then on, until the new QEMU must have taken it over.
+    """
+
+    timeout: float
+    copy: float
+    pause: float
+
+
+async def switch(update: journal.Update, ends: Ends, limits: Limits) -> None:
     """Move the guest from the old QEMU to the new one.
 
     Between STOP and RESUME stand only QMP messages over open connections, and one byte that
@@ -83,50 +77,127 @@ async def switch(update: journal.Update, ends: Ends, *, timeout: float, pause_li
     not run an instruction before. Whatever fails before it is undone here, since the guest is
     down.
 
-    :param timeout: seconds until the old QEMU must have stopped the guest.
-    :param pause_limit: seconds from then on until the new QEMU must have taken it over.
     :raises CprError: the guest then runs on the old QEMU, unless the code is
         ``state-unclear``, ``new-qemu-gone`` or ``old-qemu-gone``.
     """
     with update.commit_mark() as mark:
         update.enter(journal.SWITCHING)
         with ends.old.events("STOP", "MIGRATION") as old_events, ends.new.events("MIGRATION", "RESUME") as new_events:
-            progress = _Progress()
+            takeover = _Takeover(update, ends, old_events, new_events, limits)
             try:
-                await ends.new.execute("migrate-incoming", _incoming(update))
-                await _until_completed(update, ends, old_events, new_events, progress, timeout, pause_limit)
+                await takeover.take_over()
             except BaseException as error:
                 raise await _undo(update, ends, error) from error
             if update.run_state == "running":
-                resumed_at = await _commit(update, ends, mark, new_events, pause_limit)
-                if progress.stop:
-                    update.pause_ms = round((resumed_at - _microseconds(progress.stop)) / 1000, 2)
+                resumed_at = await _commit(update, ends, mark, new_events, limits.pause)
+                if takeover.stop:
+                    update.pause_ms = round((resumed_at - microseconds(takeover.stop)) / 1000, 2)
     with contextlib.suppress(CprError):  # unrecorded, the next run finds it out
         update.enter(journal.SWITCHED)
 
 
-def _incoming(update: journal.Update) -> dict[str, t.Any]:
-    address = {"transport": "socket", "type": "unix", "path": update.main_socket}
-    # Without exit-on-error a load error would end the new QEMU before it can say why (QEMU 9.1).
-    return {"channels": [{"channel-type": "main", "addr": address}], "exit-on-error": False}
+class _Takeover:
+    """The new QEMU takes the guest's state over: what the events have said so far, and when it takes too long.
 
+    A timer, not a task with wait_for in it: that one swallows a cancellation that comes at the
+    moment in which it would have ended (Python before 3.12), and the guest would wait for it.
 
-async def _until_completed(
-    update: journal.Update,
-    ends: Ends,
-    old_events: t.Any,
-    new_events: t.Any,
-    progress: _Progress,
-    timeout: float,
-    pause_limit: float,
-) -> None:
-    """Wait until both ends have completed, or the new one alone where the old one is gone.
-
-    The old one's ``completed`` alone proves nothing. The new one's alone does not either:
-    before its own the old QEMU may still fail and resume the guest by itself, if it lives.
+    :ivar stop: the event with which the guest's pause began.
     """
 
-    async def completed(monitor: Monitor, events: t.Any, watch: Watch) -> None:
+    def __init__(
+        self, update: journal.Update, ends: Ends, old_events: t.Any, new_events: t.Any, limits: Limits
+    ) -> None:
+        self.stop: Event | None = None
+        self._update = update
+        self._ends = ends
+        self._limits = limits
+        self._sides = {"old": (ends.old, old_events, ends.old_watch), "new": (ends.new, new_events, ends.new_watch)}
+        self._overdue = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
+
+    async def take_over(self) -> None:
+        """Start what the mode needs, and wait until the new QEMU has all of the guest.
+
+        :raises CprError: it has not, and the old QEMU is as it happens to be.
+        """
+        update, old, new = self._update, self._ends.old, self._ends.new
+        if update.mode == CPR_REBOOT:
+            await old.execute("migrate", {"uri": f"file:{update.state_file}"})
+            await self._until_completed("old")
+            await _listen(new, {"uri": f"file:{update.state_file}"})
+            await self._until_completed("new")
+            return
+        if update.mode == PRECOPY:
+            address = {"uri": f"unix:{update.main_socket}"}  # before QEMU 8.2 there are no channels
+            await _listen(new, address)
+            await old.execute("migrate", address)
+        else:
+            # It ends the CPR channel, which the old QEMU takes for the word to go on.
+            await _listen(new, {"channels": [_main_channel(update)]})
+        await self._until_completed("old", "new")
+
+    async def _until_completed(self, *whose: str) -> None:
+        """Wait until these ends have completed, or the new one alone where the old one is gone.
+
+        The old one's ``completed`` alone proves nothing. The new one's alone does not either:
+        before its own the old QEMU may still fail and resume the guest by itself, if it lives.
+        """
+        ends, limits = self._ends, self._limits
+        if self.stop is None:
+            copies = self._update.mode == PRECOPY
+            self._must_end_within((limits.copy if copies else limits.timeout) + limits.pause)
+        else:
+            self._set_timer()
+        waiting = {name: asyncio.ensure_future(self._completed(name)) for name in whose}
+        both = asyncio.gather(*waiting.values())
+        old_end, new_end, limit = alarms = [
+            asyncio.ensure_future(item)
+            for item in (ends.old_watch.ended.wait(), ends.new_watch.ended.wait(), self._overdue.wait())
+        ]
+        if "old" not in whose:
+            alarms.remove(old_end)  # it has given all that it had
+        try:
+            await self._wait({both, *alarms})
+            new = waiting.get("new")
+            if ends.old_watch.ended.is_set() and "old" in whose:
+                if new:
+                    self._must_end_within(limits.pause)  # the guest stands still, whether its STOP was heard or not
+                    await asyncio.wait({new, new_end, limit}, return_when=asyncio.FIRST_COMPLETED)
+                    if new.done() and not new.exception():
+                        return  # the new QEMU has all of the guest, and nobody else has
+                raise failures.old_qemu_gone(self._update)
+            if ends.new_watch.ended.is_set():
+                raise failures.new_qemu_exited(self._update)
+            if not both.done():
+                raise self._took_too_long()
+            both.result()
+        finally:
+            self._cancel_timer()
+            for task in (both, old_end, *alarms):
+                task.cancel()
+            await asyncio.gather(both, old_end, *alarms, return_exceptions=True)
+
+    async def _wait(self, first_of: set[t.Any]) -> None:
+        """Wait for one of these, and note now and then how far a copy is.
+
+        That asks the old QEMU here, in nobody's cancelled task, and no more once the guest has stopped.
+        """
+        while True:
+            done, dummy = await asyncio.wait(
+                first_of,
+                timeout=_COPY_POLL if self._update.mode == PRECOPY and self.stop is None else None,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+            if done:
+                return
+            if self.stop is None:
+                with contextlib.suppress(CprError):  # the alarms know better what has happened
+                    self._update.note_copy(await self._ends.old.execute("query-migrate"))
+
+    async def _completed(self, whose: str) -> None:
+        monitor, events, watch = self._sides[whose]
         while True:
             try:
                 event = await monitor.next_event(events)
@@ -134,42 +205,60 @@ async def _until_completed(
                 await watch.wait(_LAST_BREATH)  # so that it is told from a connection that somebody cut
                 raise
             if event["event"] == "STOP":
-                progress.stop = event
-                progress.must_end_within(pause_limit)
+                self.stop = event
+                self._must_end_within(self._limits.pause)
             elif event["event"] == "MIGRATION" and event["data"]["status"] == "completed":
                 return
             elif event["event"] == "MIGRATION" and event["data"]["status"] in ("failed", "cancelled"):
                 raise CprError("migration-failed", "The new QEMU did not take the guest over.")
 
-    progress.must_end_within(timeout + pause_limit)
-    new = asyncio.ensure_future(completed(ends.new, new_events, ends.new_watch))
-    both = asyncio.gather(completed(ends.old, old_events, ends.old_watch), new)
-    old_end, new_end, limit = alarms = [
-        asyncio.ensure_future(item)
-        for item in (ends.old_watch.ended.wait(), ends.new_watch.ended.wait(), progress.overdue.wait())
-    ]
-    try:
-        await asyncio.wait({both, *alarms}, return_when=asyncio.FIRST_COMPLETED)
-        if ends.old_watch.ended.is_set():
-            progress.must_end_within(pause_limit)  # the guest stands still, whether its STOP was heard or not
-            await asyncio.wait({new, new_end, limit}, return_when=asyncio.FIRST_COMPLETED)
-            if new.done() and not new.exception():
-                return  # the new QEMU has all of the guest, and nobody else has
-            raise failures.old_qemu_gone(update)
-        if ends.new_watch.ended.is_set():
-            raise failures.new_qemu_exited(update)
-        if not both.done():
-            raise CprError(
-                "pause-limit",
-                f"The new QEMU did not take the guest over within {pause_limit:g} s from its stop.",
-                "The host may be overloaded: try again when it is calmer.",
+    def _must_end_within(self, seconds: float) -> None:
+        """Let it be overdue after so many seconds, unless this is called again."""
+        self._due = asyncio.get_running_loop().time() + seconds
+        self._set_timer()
+
+    def _set_timer(self) -> None:
+        self._cancel_timer()
+        self._timer = asyncio.get_running_loop().call_at(self._due, self._overdue.set)
+
+    def _cancel_timer(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+
+    def _took_too_long(self) -> CprError:
+        update, limits = self._update, self._limits
+        if update.mode == PRECOPY and self.stop is None:
+            return CprError(
+                "not-converging",
+                f"The guest's RAM was not copied within {limits.copy:g} s: {update.copy_text()}.",
+                "Let QEMU slow the guest down for it (live_update_capabilities: auto-converge), allow a longer pause"
+                " (live_update_parameters: downtime-limit, in milliseconds), give it more time"
+                " (live_update_copy_timeout), or try when the guest is calmer.",
             )
-        both.result()
-    finally:
-        progress.cancel()
-        for task in (both, *alarms):
-            task.cancel()
-        await asyncio.gather(both, *alarms, return_exceptions=True)
+        hint = "The host may be overloaded: try again when it is calmer."
+        if update.mode == CPR_REBOOT:
+            hint = "Its RAM is written to a file while it stands still: allow it more (live_update_pause_limit)."
+        return CprError(
+            "pause-limit", f"The new QEMU did not take the guest over within {limits.pause:g} s from its stop.", hint
+        )
+
+
+def _main_channel(update: journal.Update) -> dict[str, t.Any]:
+    address = {"transport": "socket", "type": "unix", "path": update.main_socket}
+    return {"channel-type": "main", "addr": address}
+
+
+async def _listen(new: Monitor, arguments: dict[str, t.Any]) -> None:
+    """Let the new QEMU take the guest's state.
+
+    Without exit-on-error a load error would end it before it can say why (QEMU 9.1).
+    """
+    try:
+        await new.execute("migrate-incoming", {**arguments, "exit-on-error": False})
+    except CprError as error:
+        if error.code != "qmp-error" or "exit-on-error" not in str(error.qemu_description):
+            raise
+        await new.execute("migrate-incoming", arguments)
 
 
 async def _commit(
@@ -182,7 +271,7 @@ async def _commit(
         raise await _undo(update, ends, error) from error
     try:
         await ends.new.execute("cont", timeout=pause_limit)
-        return _microseconds(await asyncio.wait_for(_resumed(ends.new, new_events), pause_limit))
+        return microseconds(await asyncio.wait_for(_resumed(ends.new, new_events), pause_limit))
     except (CprError, asyncio.TimeoutError) as error:
         if isinstance(error, CprError) and error.code == "qmp-error":
             # Refused (an image that somebody locked, say): no instruction was run.
@@ -263,5 +352,6 @@ def _unclear(update: journal.Update, error: BaseException) -> CprError:
     )
 
 
-def _microseconds(event: Event) -> int:
+def microseconds(event: Event) -> int:
+    """When an event came, in microseconds since 1970."""
     return event["timestamp"]["seconds"] * 1_000_000 + event["timestamp"]["microseconds"]

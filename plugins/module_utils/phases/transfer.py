@@ -9,12 +9,11 @@ Private to the collection.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import time
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, journal
+from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, journal, modes
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_TRANSFER
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, setup
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
@@ -22,14 +21,12 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome
 
 DONE = (journal.TRANSFERRED, journal.SET_UP, *journal.COMMITTED)
 
-# Seconds between two looks for the new QEMU's monitor.
-_POLL = 0.005
-
 
 async def transfer(update: journal.Update, *, timeout: float) -> Outcome:
     """Send the CPR state to the new QEMU; the guest keeps running on the old.
 
-    The old QEMU's migration stays in ``setup`` from here on, and the guest runs, for as long
+    In another mode than cpr-transfer there is none to send, and the old QEMU is only told what
+    it will do. The old QEMU's migration stays in ``setup`` from here on, and the guest runs, for as long
     as nobody goes on (QEMU's docs/devel/migration/CPR).
 
     :param timeout: seconds until the new QEMU's monitor must answer.
@@ -48,11 +45,15 @@ async def transfer(update: journal.Update, *, timeout: float) -> Outcome:
             raise failures.new_qemu_exited(update)
         async with await reach.old_qemu(update, old_watch) as monitor:
             await _prepare_old(monitor, update)
-            await _migrate(monitor, update, new_watch)
-            await _wait_for_new_monitor(monitor, update, old_watch, new_watch, timeout)
+            if update.mode == CPR_TRANSFER:
+                await _migrate(monitor, update, new_watch)
+                await _wait_for_new_monitor(monitor, update, old_watch, new_watch, timeout)
     update.took("transfer", started)
     update.enter(journal.TRANSFERRED)
-    return Outcome(update.guest, True, "The new QEMU has the CPR state and answers; the guest runs on the old.", update)
+    message = "The new QEMU has the CPR state and answers; the guest runs on the old."
+    if update.mode != CPR_TRANSFER:
+        message = f"The old QEMU is ready for {update.mode}; the guest runs on it."
+    return Outcome(update.guest, True, message, update)
 
 
 async def _prepare_old(monitor: Monitor, update: journal.Update) -> None:
@@ -60,23 +61,26 @@ async def _prepare_old(monitor: Monitor, update: journal.Update) -> None:
     current = await monitor.execute("query-migrate-capabilities")
     parameters = await monitor.execute("query-migrate-parameters")
     capabilities = handshake.capabilities_to_set(current, update.capabilities)
+    wanted: dict[str, object] = {"mode": modes.qemu_name(update.mode)} if "mode" in parameters else {}  # since QEMU 8.2
+    if update.exec_command:
+        wanted["cpr-exec-command"] = update.exec_command
     update.restore = {
         "capabilities": handshake.capabilities_to_restore(current, capabilities),
-        "parameters": {name: parameters[name] for name in ("mode", *update.parameters) if name in parameters},
+        "parameters": {name: parameters[name] for name in (*wanted, *update.parameters) if name in parameters},
     }
     update.enter(journal.TRANSFERRING)
     await setup.set_capabilities("old", monitor, capabilities)
-    await monitor.execute("migrate-set-parameters", {"mode": handshake.MODE})
+    await monitor.execute("migrate-set-parameters", wanted)
     # QEMU computes the reasons for the mode that is set now.
     reasons = (await monitor.execute("query-migrate")).get("blocked-reasons")
     if reasons:
-        raise _blocked("; ".join(reasons))
+        raise _blocked(update, "; ".join(reasons))
 
 
-def _blocked(why: str) -> CprError:
+def _blocked(update: journal.Update, why: str) -> CprError:
     return CprError(
         "migration-blocked",
-        f"QEMU does not allow a cpr-transfer of this guest: {why}.",
+        f"QEMU does not allow {update.mode} for this guest: {why}.",
         "Remove what it names from the guest, or leave the guest out of live_update_guests.",
         qemu_description=why,
     )
@@ -95,7 +99,7 @@ async def _migrate(monitor: Monitor, update: journal.Update, new_watch: Watch) -
         if await new_watch.wait(reach.LAST_BREATH):
             raise failures.new_qemu_exited(update) from error
         # A device that can't be migrated is no blocked-reason.
-        raise _blocked(str(error.qemu_description)) from error
+        raise _blocked(update, str(error.qemu_description)) from error
 
 
 async def _wait_for_new_monitor(
@@ -103,7 +107,7 @@ async def _wait_for_new_monitor(
 ) -> None:
     """Wait until the new QEMU waits for its incoming migration; notice at once what fails."""
     deadline = time.monotonic() + timeout
-    answering = asyncio.ensure_future(_answer(update, new_watch, deadline))
+    answering = asyncio.ensure_future(reach.answers(update, new_watch, deadline))
     ends = [asyncio.ensure_future(watch.ended.wait()) for watch in (new_watch, old_watch)]
     try:
         while not answering.done():
@@ -134,21 +138,3 @@ async def _wait_for_new_monitor(
         for task in (answering, *ends):
             task.cancel()
         await asyncio.gather(answering, *ends, return_exceptions=True)
-
-
-async def _answer(update: journal.Update, new_watch: Watch, deadline: float) -> bool:
-    """Whether the new QEMU waits for its incoming migration before the deadline.
-
-    It ends by itself in every case: a connection that fails just when its task is cancelled
-    swallows the cancellation.
-    """
-    dummy, new = failures.both(update)
-    while time.monotonic() < deadline and not new_watch.ended.is_set():
-        if os.path.exists(new.monitor):
-            # It is bound a moment before it listens, and silent until QEMU has started.
-            with contextlib.suppress(CprError):
-                async with await Monitor.connect(new.monitor, deadline - time.monotonic(), pid=new.pid) as monitor:
-                    if (await monitor.execute("query-status"))["status"] == "inmigrate":
-                        return True
-        await asyncio.sleep(_POLL)
-    return False

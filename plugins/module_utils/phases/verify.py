@@ -16,6 +16,7 @@ import typing as t
 from ansible_collections.vmfleet.cpr.plugins.module_utils import commands, guest_agent, journal, machine_view, process
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.machine_view import MachineView
+from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_EXEC
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, view
 
@@ -129,6 +130,8 @@ async def _wait_for(update: journal.Update, failure: str, beats: t.Callable[[], 
 
 def _way_on(update: journal.Update) -> str:
     old, dummy = failures.both(update)
+    if update.mode == CPR_EXEC:
+        return "Look at the guest. There is no old QEMU any more. Running again looks once more."
     return (
         f"Look at the guest. The old QEMU (process {old.pid}) is left stopped and must not be continued. Running again"
         " looks once more; after you have ended that process it finishes without looking."
