@@ -87,21 +87,22 @@ def read_numa(text: str) -> dict[str, t.Any]:
 def read_feature_words(words: t.Iterable[t.Mapping[str, t.Any]]) -> dict[str, int]:
     """An x86 CPU's features by leaf; those without any are left out, since a newer QEMU knows more leaves.
 
-    That it has several threads is left out too: it follows from the topology, and QEMU 7.2 says so to
-    the guest but not here.
+    That it has several threads is left out too (HT, and CMP_LEGACY of AMD's): it follows from the topology,
+    and QEMU 7.2 says so to the guest but not here.
     """
     return {
         f"CPUID {item['cpuid-input-eax']:#x}"
         + (f",{item['cpuid-input-ecx']:#x}" if "cpuid-input-ecx" in item else "")
         + f" {item['cpuid-register']}": item["features"]
-        & ~_threads_bit(item)
+        & ~_threads_bits(item)
         for item in words
         if item["features"]
     }
 
 
-def _threads_bit(word: t.Mapping[str, t.Any]) -> int:
-    return 1 << 28 if (word["cpuid-input-eax"], word["cpuid-register"]) == (1, "EDX") else 0
+def _threads_bits(word: t.Mapping[str, t.Any]) -> int:
+    leaf = word["cpuid-input-eax"], word["cpuid-register"]
+    return {(1, "EDX"): 1 << 28, (0x80000001, "ECX"): 1 << 1}.get(leaf, 0)
 
 
 def read_disks(answer: t.Iterable[t.Mapping[str, t.Any]]) -> dict[str, dict[str, t.Any]]:

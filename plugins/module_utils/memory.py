@@ -93,7 +93,7 @@ def _modules(options: t.Sequence[Option]) -> set[str]:
     """The ids of the backends of its memory modules."""
     drivers = [read_properties(option) for option in options if option.name == "device"]
     modules = [given.get("memdev") for given in drivers if "pc-dimm" in (given.implied, given.get("driver"))]
-    return {name for name in modules if name}
+    return {name.rpartition("/")[2] for name in modules if name}
 
 
 def special_backends(options: t.Sequence[Option]) -> list[CprError]:

@@ -123,6 +123,8 @@ def read(pid: int) -> Surroundings:
     """
     status = dict(line.split(":\t", 1) for line in process.read_file(pid, "status").splitlines() if ":\t" in line)
     environment = dict(word.split("=", 1) for word in process.read_file(pid, "environ").split("\0") if "=" in word)
+    # Of a QEMU that came by cpr-exec: another one would wait for the CPR state in this descriptor (QEMU 11.1).
+    environment.pop("QEMU_CPR_EXEC_STATE", None)
     return Surroundings(
         working_directory=os.readlink(f"{process.PROC}/{pid}/cwd"),
         environment=environment,

@@ -19,7 +19,7 @@ need mke2fs e2fsprogs
 need ssh-keygen openssh-client
 need xz xz-utils
 # shellcheck disable=SC2086
-"$top/tests/environment/qemu.sh" $suites
+"$top/tests/environment/qemu.sh" trixie $suites # trixie's is the one that it runs on
 "$top/tests/environment/guests.sh"
 "$top/tests/environment/machine.sh" # for its mmdebstrap
 mkdir -p "$cache"

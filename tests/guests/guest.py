@@ -277,12 +277,16 @@ def linux_guest(
     more: t.Sequence[str] = (),
     network: t.Sequence[str] = ("-netdev", "user,id=net0", "-device", "virtio-net-pci,netdev=net0"),
     address: str | None = None,
+    shared: bool = True,
+    busy: bool = False,
 ) -> LinuxGuest:
     """A Linux guest with two processors, a disk, a network card and a random number generator.
 
     It runs under TCG: that works on every machine.
 
     :param address: what its card gets, with the length of the prefix; it then echoes at port 7.
+    :param shared: whether its RAM is ready for a live update.
+    :param busy: whether it changes its memory all the time.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "disk.img", "wb") as disk:
@@ -292,12 +296,12 @@ def linux_guest(
         directory,
         [
             "-name", f"guest={name},debug-threads=on",
-            "-machine", "q35,accel=tcg,memory-backend=ram0,aux-ram-share=on",
+            "-machine", f"q35,accel=tcg{',memory-backend=ram0,aux-ram-share=on' if shared else ''}",
             "-cpu", "qemu64", "-smp", "2", "-m", "256M",
-            "-object", "memory-backend-memfd,id=ram0,size=256M,share=on",
+            *(("-object", "memory-backend-memfd,id=ram0,size=256M,share=on") if shared else ()),
             "-nodefaults", "-display", "none",
             "-kernel", str(CACHE / "guests" / "vmlinuz"), "-initrd", str(CACHE / "guests" / "initrd"),
-            "-append", f"console=ttyS0 quiet panic=-1{f' address={address}' if address else ''}",
+            "-append", f"console=ttyS0 quiet panic=-1{f' address={address}' if address else ''}{' busy' * busy}",
             "-blockdev", "driver=file,filename={dir}/disk.img,node-name=file0",
             "-blockdev", '{"driver":"raw","node-name":"disk0","file":"file0"}',
             "-device", "virtio-blk-pci,drive=disk0",

@@ -84,13 +84,13 @@ def test_a_name_that_is_not_there_or_there_twice(start, refused, host):
 
 
 def test_memory_that_is_not_shared(start, refused):
-    error = refused(start("web1", memory=()), "memory-not-shared")
+    error = refused(start("web1", memory=()), "memory-not-shared", mode="cpr-transfer")
     assert "memory-backend-memfd,id=ram0,size=64M,share=on" in error.hint
     partly = start("web2", machine="q35")
     partly.kill()
     partly.words = [word.replace(",aux-ram-share=on", "") for word in partly.words]
     partly.start(qemu(OLD_SUITE))
-    assert "aux-ram-share=on" in refused(partly, "aux-ram-not-shared").hint
+    assert "aux-ram-share=on" in refused(partly, "aux-ram-not-shared", mode="cpr-transfer").hint
 
 
 def test_a_monitor_that_another_client_holds(start, refused):
@@ -133,7 +133,7 @@ def test_a_machine_type_that_the_new_binary_no_longer_has(start, refused):
 
 def test_an_older_binary(start, refused):
     guest = start("web1", suite=NEW_SUITE)
-    assert "11.1." in refused(guest, "older-qemu", qemu_binary=qemu(OLD_SUITE)).message
+    assert "11.1." in refused(guest, "older-qemu", qemu_binary=qemu(OLD_SUITE), mode="cpr-transfer").message
 
 
 def test_a_qemu_without_the_mode(start, refused):
@@ -141,7 +141,7 @@ def test_a_qemu_without_the_mode(start, refused):
     guest.kill()
     guest.words = [word.replace(",aux-ram-share=on", "") for word in guest.words]
     guest.start(qemu("bookworm"))
-    assert "7.2." in refused(guest, "mode-missing").message
+    assert "7.2." in refused(guest, "mode-missing", mode="cpr-transfer").message
 
 
 def test_an_option_that_cant_be_carried(start, refused, tmp_path):
@@ -159,7 +159,7 @@ def test_a_state_directory_that_cant_be_written(start, host):
 
 def test_a_guest_that_is_not_ready_keeps_the_whole_run_from_starting(start, host, tmp_path):
     ready, private = start("ready"), start("private", memory=())
-    run = live_update(qemu(NEW_SUITE), host.state, ["ready", "private"])
+    run = live_update(qemu(NEW_SUITE), host.state, ["ready", "private"], adopt=False)
     assert run.returncode == 2
     assert "[memory-not-shared]" in run.stdout
     for guest in (ready, private):

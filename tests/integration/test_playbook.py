@@ -173,7 +173,8 @@ def test_guest_info_says_what_runs_and_what_stands_in_the_way(start, tmp_path):
     blocker, of_qemu = private["modes"]["cpr-transfer"]["blockers"]
     assert of_qemu["code"] == "migration-blocked" and "share=on" in of_qemu["message"]
     assert blocker["code"] == "memory-not-shared" and "size=64M" in blocker["hint"]
-    assert private["modes"]["cpr-reboot"]["ready"]
+    assert private["modes"]["cpr-reboot"]["ready"] and private["modes"]["precopy"]["ready"]
+    assert (ready["update_mode"], private["update_mode"]) == ("cpr-transfer", "precopy")
     assert not answer["changed"]
 
 
@@ -259,7 +260,7 @@ def test_the_preflight_playbook_judges_and_leaves_all_as_it_is(start, tmp_path, 
     state = tmp_path / "state"
     run = live_update(
         qemu(NEW_SUITE), state, ["ready", "private"], *words, playbook="preflight", rehearse=True,
-        capabilities={"xbzrle": True}, timeout=20,
+        capabilities={"xbzrle": True}, timeout=20, adopt=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr
     assert recap(run) == {"changed": 0, "failed": 0}

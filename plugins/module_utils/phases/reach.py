@@ -23,6 +23,8 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 
 # Seconds between two looks for the new QEMU's monitor.
 _POLL = 0.005
+# Seconds in which a QEMU that has written a guest's state becomes another one, or says why not.
+_EXEC_TIMEOUT = 10.0
 # Seconds in which a QEMU that cuts a connection also ends.
 LAST_BREATH = 0.5
 
@@ -76,12 +78,27 @@ async def judge(update: journal.Update, old_watch: Watch, new_watch: Watch) -> v
     if update.phase != journal.SWITCHING:
         return verdict.Verdict.FORWARD if update.phase in journal.COMMITTED else verdict.Verdict.BACK
     if update.mode == CPR_EXEC:
-        # A QEMU that failed to become another one resumes the guest by itself.
-        became = has_become(update) or old_watch.ended.is_set()
-        return verdict.Verdict.FORWARD if became else verdict.Verdict.BACK
+        return verdict.Verdict.FORWARD if await _becomes(update, old_watch) else verdict.Verdict.BACK
     old = await _run_state(old_qemu(update, old_watch), old_watch)
     new = await _run_state(new_qemu(update, new_watch), new_watch)
     return verdict.decide(old, new, update.may_have_run)
+
+
+async def _becomes(update: journal.Update, watch: Watch) -> bool:
+    """With cpr-exec, whether the process is the new QEMU, or just about to become it.
+
+    A QEMU that failed to become another one resumes the guest by itself.
+    """
+    for dummy in range(round(_EXEC_TIMEOUT / _POLL)):
+        if has_become(update) or watch.ended.is_set():
+            return True
+        with contextlib.suppress(CprError):
+            async with await old_qemu(update, watch) as monitor:
+                status = (await monitor.execute("query-migrate")).get("status")
+                if status in (None, "none", "failed", "cancelled"):
+                    return has_become(update)
+        await asyncio.sleep(_POLL)
+    return has_become(update)
 
 
 def has_become(update: journal.Update) -> bool:

@@ -118,7 +118,9 @@ def _message(update: journal.Update) -> str:
     pause = f" after a pause of {update.pause_ms:g} ms" if update.pause_ms is not None else ""
     copied = ""
     if update.copied:
-        copied = " {mib_transferred} MiB were copied in {passes} passes within {seconds} s.".format(**update.copied)
+        copied = " Its {mib_total} MiB of RAM were copied in {passes} passes, within {seconds} s.".format(
+            **update.copied
+        )
     return f"The guest went from QEMU {old.version} to {new.version} by {update.mode}{pause}.{copied}"
 
 

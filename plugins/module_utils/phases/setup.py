@@ -151,11 +151,16 @@ async def _threads(monitor: Monitor) -> dict[tuple[str, t.Any], int]:
 
 
 async def put_back(monitor: Monitor, settings: t.Mapping[str, t.Any]) -> None:
-    """Give a QEMU the migration settings that the guest had before the update.
+    """Give a QEMU the migration settings that the guest had before the update, as far as it has them.
 
     :param settings: what `Update.restore` holds.
     """
     if settings.get("capabilities"):
-        await monitor.execute("migrate-set-capabilities", {"capabilities": settings["capabilities"]})
+        known = {item["capability"] for item in await monitor.execute("query-migrate-capabilities")}
+        capabilities = [item for item in settings["capabilities"] if item["capability"] in known]
+        if capabilities:
+            await monitor.execute("migrate-set-capabilities", {"capabilities": capabilities})
     if settings.get("parameters"):
-        await monitor.execute("migrate-set-parameters", settings["parameters"])
+        present = await monitor.execute("query-migrate-parameters")
+        parameters = {name: value for name, value in settings["parameters"].items() if name in present}
+        await monitor.execute("migrate-set-parameters", parameters)
