@@ -33,12 +33,14 @@ class Listener:
 
     :ivar descriptor: its number there.
     :ivar port: of TCP, or None.
+    :ivar host: the address of that port.
     :ivar name: of an abstract UNIX socket, or None.
     """
 
     descriptor: int
     port: int | None = None
     name: str | None = None
+    host: str | None = None
 
 
 def write_out(options: t.Sequence[Option]) -> list[Option]:
@@ -124,6 +126,21 @@ def with_listener(option: Option, listeners: t.Sequence[Listener], descriptor: t
     pairs = [pair for pair in properties.pairs if pair[0] not in _ADDRESS_KEYS]
     pairs.append(("fd", str(descriptor(found[0].descriptor))))
     return Option(option.flag, str(without_wait(Properties(pairs))))
+
+
+def with_address(option: Option, listeners: t.Sequence[Listener]) -> Option:
+    """A ``-chardev`` that an earlier update gave a listening socket, with that socket's address instead."""
+    properties = read_properties(option) if option.name == "chardev" else Properties([])
+    if properties.get("fd") is None or not properties.is_on("server"):
+        return option
+    found = [item for item in listeners if str(item.descriptor) == properties.get("fd")]
+    pairs = [pair for pair in properties.pairs if pair[0] != "fd"]
+    for item in found:
+        if item.name is not None:
+            pairs += [("path", item.name), ("abstract", "on")]
+        else:
+            pairs += [("host", str(item.host)), ("port", str(item.port))]
+    return Option(option.flag, str(Properties(pairs))) if found else option
 
 
 def _listeners_of(properties: Properties, listeners: t.Sequence[Listener]) -> list[Listener]:

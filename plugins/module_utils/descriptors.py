@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import socket
 import struct
 import typing as t
 
@@ -65,7 +66,8 @@ def listeners(pid: int) -> list[Listener]:
     for table in ("tcp", "tcp6"):
         for words in map(str.split, process.read_file(pid, f"net/{table}").splitlines()[1:]):
             if words[3] == _LISTENING:
-                sockets[words[9]] = {"port": int(words[1].rpartition(":")[2], 16)}
+                address, dummy, port = words[1].rpartition(":")
+                sockets[words[9]] = {"port": int(port, 16), "host": _host(address)}
     for words in map(str.split, process.read_file(pid, "net/unix").splitlines()[1:]):
         # Flags 00010000 is __SO_ACCEPTCON (proc_net_unix in net/unix/af_unix.c).
         if words[3] == "00010000" and words[-1].startswith("@") and len(words) > 7:
@@ -76,6 +78,12 @@ def listeners(pid: int) -> list[Listener]:
         if inode in sockets:
             found.append(Listener(number, **sockets.pop(inode)))
     return found
+
+
+def _host(text: str) -> str:
+    """An address of ``/proc/net/tcp``, whose words have the host's order of bytes."""
+    number = b"".join(struct.pack("=I", int(text[index : index + 8], 16)) for index in range(0, len(text), 8))
+    return socket.inet_ntop(socket.AF_INET if len(number) == 4 else socket.AF_INET6, number)
 
 
 def has_terminal(pid: int) -> bool:
@@ -156,10 +164,31 @@ def make_persistent(tap: Tap, pid: int, number: int) -> None:
     """
     ours = duplicate(pid, number)
     try:
-        if tap.owner is not None:
-            fcntl.ioctl(ours, _TUNSETOWNER, tap.owner)
-        if tap.group is not None:
-            fcntl.ioctl(ours, _TUNSETGROUP, tap.group)
-        fcntl.ioctl(ours, _TUNSETPERSIST, 1)
+        keep_tap(ours, tap.owner, tap.group)
+    finally:
+        os.close(ours)
+
+
+def keep_tap(number: int, owner: int | None, group: int | None) -> None:
+    """Let the tap of a descriptor stay when nobody has it open, for this user and group to open it again.
+
+    :raises OSError: the kernel does not permit it.
+    """
+    if owner is not None:
+        fcntl.ioctl(number, _TUNSETOWNER, owner)
+    if group is not None:
+        fcntl.ioctl(number, _TUNSETGROUP, group)
+    fcntl.ioctl(number, _TUNSETPERSIST, 1)
+
+
+def let_tap_go(pid: int, number: int) -> None:
+    """Let a tap go with the process that has it open.
+
+    :raises CprError: ``descriptor-not-duplicated``.
+    :raises OSError: the kernel does not permit it.
+    """
+    ours = duplicate(pid, number)
+    try:
+        fcntl.ioctl(ours, _TUNSETPERSIST, 0)
     finally:
         os.close(ours)

@@ -37,8 +37,16 @@ SWITCHED = "switched"
 FINISHED = "finished"
 ROLLED_BACK = "rolled-back"
 
+# Those of a checkpoint. The guest runs up to CHECKPOINTING and from RESTORED on. In between its state is in a
+# file, which in RESUMING may be out of date already.
+CHECKPOINTING = "checkpointing"
+CHECKPOINTED = "checkpointed"
+RESTORING = "restoring"
+RESUMING = "resuming"
+RESTORED = "restored"
+
 COMMITTED = (SWITCHED, FINISHED)
-ENDED = (None, FINISHED, ROLLED_BACK)
+ENDED = (None, FINISHED, ROLLED_BACK, CHECKPOINTED, RESTORED)
 
 # Seconds without a step after which a run that can't be asked is taken for dead.
 SILENCE = 600.0
@@ -82,6 +90,7 @@ class Update:
     :ivar restore: capabilities and parameters of the old QEMU as they were, to put back.
     :ivar exec_command: with ``cpr-exec`` what the process becomes.
     :ivar permissions: with ``cpr-exec`` path, owner, group and mode of what the new QEMU binds anew.
+    :ivar checkpoint: of a guest whose state is in a file what restoring it takes: see `phases.checkpoint`.
     :ivar renames: pairs of a socket's or pid file's path during the update and its stable path.
     :ivar taps: the new QEMU's tap interfaces, each with the name that it takes over.
     :ivar unit: the systemd service whose main process the new QEMU becomes.
@@ -113,6 +122,7 @@ class Update:
     restore: dict[str, t.Any] = field(default_factory=dict)
     exec_command: list[str] = field(default_factory=list)
     permissions: list[tuple[str, int, int, int]] = field(default_factory=list)
+    checkpoint: dict[str, t.Any] = field(default_factory=dict)
     renames: list[tuple[str, str]] = field(default_factory=list)
     taps: list[Tap] = field(default_factory=list)
     display: dict[str, t.Any] | None = None
@@ -233,6 +243,7 @@ class Update:
                 stream.flush()
                 os.fsync(stream.fileno())
             os.rename(temporary, self.record)
+            _sync(self.directory)  # a checkpoint must outlive the host
         except OSError as error:
             raise _unwritable(self.directory, error) from error
 
@@ -381,6 +392,14 @@ class Journal:
 def local_time(seconds: float) -> str:
     """A time of ``time.time()`` as people read it."""
     return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(seconds))
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _private(path: str, flags: int) -> int:

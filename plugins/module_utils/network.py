@@ -54,20 +54,29 @@ async def make_alike(pid: int, tap: taps.Tap, *, timeout: float) -> None:
     :raises CprError: ``tap-differs`` with what could not be made alike, ``tap-not-forwarding``.
     """
     dummy, wanted = await inspect(pid, tap.name)
-    for command in taps.create_commands(wanted, tap.temporary):
+    await set_up(pid, tap.temporary, wanted)
+    await _wait_until_forwarding(pid, tap, timeout)
+
+
+async def set_up(pid: int, name: str, wanted: taps.Settings) -> None:
+    """Give a tap that was just made the settings of another one.
+
+    :param pid: a process in its network namespace.
+    :raises CprError: ``tap-differs`` with what could not be made alike.
+    """
+    for command in taps.create_commands(wanted, name):
         await run(pid, *command)
-    dummy, present = await inspect(pid, tap.temporary)
-    for command in taps.adapt_commands(wanted, present, tap.temporary):
+    dummy, present = await inspect(pid, name)
+    for command in taps.adapt_commands(wanted, present, name):
         await run(pid, *command)
-    dummy, present = await inspect(pid, tap.temporary)
+    dummy, present = await inspect(pid, name)
     differences = taps.differences(wanted, present)
     if differences:
         raise CprError(
             "tap-differs",
-            f"A second tap like {tap.name} could not be set up: {'; '.join(differences)}.",
-            "Leave this guest out of live_update_guests, and report this.",
+            f"The tap {name} could not be made like the guest's: {'; '.join(differences)}.",
+            "Leave this guest out, and report this.",
         )
-    await _wait_until_forwarding(pid, tap, timeout)
 
 
 async def _wait_until_forwarding(pid: int, tap: taps.Tap, timeout: float) -> None:

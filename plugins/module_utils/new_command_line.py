@@ -238,7 +238,7 @@ def make(options: t.Sequence[Option], running: Running, *, cpr_socket: str | Non
 def make_in_place(options: t.Sequence[Option], running: Running, *, state: str) -> NewCommandLine:
     """The command line of a QEMU that its process becomes, or that is started when that has ended.
 
-    Every path is free again by then, so all have their stable names.
+    Every path, port and interface is free again by then, so all have their stable names.
 
     :param state: where the guest's state lies; empty for a QEMU that waits to be told.
     :raises CprError: ``unsupported-option`` for what can't be carried over safely.
@@ -247,12 +247,15 @@ def make_in_place(options: t.Sequence[Option], running: Running, *, state: str) 
     if running.fd_sets:
         raise _unsupported("-add-fd", _ONLY_THERE)
     updated = generation_of(options) > 0
+    interfaces = iter(running.taps)
     result = NewCommandLine([], 0)
     written = _written(options, running, result)
     for index, option in enumerate(written):
         if option.name in _OURS:
             continue
-        option = _at_run_time(option, running)
+        option = character_devices.with_address(_at_run_time(option, running), running.listeners)
+        if taps.is_tap(option):
+            option = taps.with_interface(option, next(interfaces))
         path = _bound_path(option)
         if path:
             option = _with_bound_path(option, stable_path(path) if updated else path)

@@ -89,7 +89,7 @@ class QemuProcess:
                 changed, text = os.fstat(stream.fileno()).st_mtime, stream.read()
         except (OSError, UnicodeDecodeError) as error:
             raise read_config.unreadable(str(error)) from error
-        if changed > _started_at(self.identity) + 1:
+        if changed > started_at(self.identity) + 1:
             raise CprError(
                 "config-changed",
                 f"The guest's -readconfig {path} was changed after its start: what it runs with can't be told.",
@@ -102,8 +102,8 @@ class QemuProcess:
         return os.path.join(self.working_directory, path)
 
 
-def _started_at(identity: Identity) -> float:
-    """When a process was started, in seconds of the clock."""
+def started_at(identity: Identity) -> float:
+    """When a process was started, in seconds since 1970."""
     since_boot = identity.start_time / os.sysconf("SC_CLK_TCK")
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + since_boot
 
@@ -206,6 +206,12 @@ def descriptors(pid: int) -> dict[int, str]:
         with contextlib.suppress(FileNotFoundError):  # closed meanwhile
             found[number] = os.readlink(f"{PROC}/{pid}/fd/{number}")
     return found
+
+
+def boot_id() -> str:
+    """What is another one after each boot of the host: a pid with its start time means nothing beyond."""
+    with open(f"{PROC}/sys/kernel/random/boot_id", encoding="ascii") as stream:
+        return stream.read().strip()
 
 
 def kept_by_exec(pid: int) -> dict[int, str]:

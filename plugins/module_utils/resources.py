@@ -147,6 +147,18 @@ def disk_blockers(directory: str, size: int = 0) -> list[CprError]:
     ]
 
 
+def file_system(path: str) -> str:
+    """The kind of the file system that a file is on (``ext4``, ``tmpfs``)."""
+    path = os.path.realpath(path)
+    found = ("", "")
+    for line in process.read_file("self", "mountinfo").splitlines():
+        words = line.split()
+        place = words[4].encode().decode("unicode_escape")  # a space is \040
+        if path == place or path.startswith(place.rstrip("/") + "/"):
+            found = max(found, (place, words[words.index("-") + 1]), key=lambda item: len(item[0]))
+    return found[1]
+
+
 def warnings(pid: int) -> list[CprError]:
     """What in a QEMU's environment would mislead a new one."""
     directory = next(

@@ -20,6 +20,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import AUTO, MOD
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Phase, Task
 
 STATE_DIRECTORY = "/run/vmfleet-cpr"
+CHECKPOINT_DIRECTORY = "/var/lib/vmfleet-cpr"
 
 
 def guests_argument_spec(**options: t.Any) -> dict[str, t.Any]:
@@ -111,9 +112,9 @@ async def _as_coroutine(function: t.Callable[[Task], t.Awaitable[list[Outcome]]]
 
 
 def _check_arguments(parameters: t.Mapping[str, t.Any]) -> None:
-    for name in ("concurrency", "switch_concurrency", "timeout", "pause_limit", "copy_timeout", "heartbeat_timeout"):
-        if parameters.get(name, 1) <= 0:
-            raise CprError("bad-argument", f"{name} is {parameters[name]:g}, and must be more than 0.")
+    for name, value in parameters.items():
+        if name.endswith(("concurrency", "timeout", "_limit")) and value <= 0:
+            raise CprError("bad-argument", f"{name} is {value:g}, and must be more than 0.")
 
 
 def run_phase(

@@ -149,6 +149,27 @@ def read(pid: int) -> Surroundings:
     )
 
 
+def as_dict(around: Surroundings) -> dict[str, t.Any]:
+    """What JSON can hold of it, for a process that is started after this one has ended."""
+    return {**dataclasses.asdict(around), "processors": sorted(around.processors), "namespaces": ()}
+
+
+def from_dict(data: t.Mapping[str, t.Any]) -> Surroundings:
+    """What `as_dict` kept, as far as this host still has it: its cgroup may be gone, or some processors."""
+    there = os.sched_getaffinity(0)
+    return Surroundings(
+        **{
+            **data,
+            "groups": tuple(data["groups"]),
+            "limits": {int(number): tuple(pair) for number, pair in data["limits"].items()},
+            "cgroups": tuple(path for path in data["cgroups"] if os.path.exists(path)),
+            "namespaces": (),
+            "scheduling": tuple(data["scheduling"]),
+            "processors": frozenset(data["processors"]) & there or frozenset(there),
+        }
+    )
+
+
 def can_open(path: str, flags: int, around: Surroundings, root: str = "/") -> bool:
     """Whether a process with this user and these groups can open a file.
 

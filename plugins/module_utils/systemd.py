@@ -13,6 +13,7 @@ Private to the collection.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import socket
@@ -28,6 +29,15 @@ _DROP_IN_TEXT = """\
 # service another main process. Goes with the next reboot of the host; safe to remove.
 [Service]
 NotifyAccess=main
+"""
+# Of a service whose guest waits to be restored: whoever starts it, at boot or by hand, gets a QEMU that
+# waits too, instead of a guest that boots from a disk to which another state of it belongs.
+_HELD_TEXT = """\
+# Made by the Ansible collection vmfleet.cpr: this guest's state was written to a file (guest_checkpoint)
+# and waits to be restored (guest_restore), which removes this drop-in.
+[Service]
+ExecStart=
+ExecStart={}
 """
 _SCM_CREDENTIALS = 2  # asm-generic/socket.h; not in Python's socket
 _CAP_SYS_ADMIN = 21  # linux/capability.h
@@ -131,6 +141,60 @@ async def let_speak(names: t.Sequence[str]) -> None:
         unit = await _show(name)
         if needs_drop_in(unit) or unit["LoadState"] != "loaded":
             raise _refused(name, f"systemd did not take {_drop_in(name)}; does another drop-in say NotifyAccess=none?")
+
+
+async def hold_back(name: str, binary: str, arguments: t.Iterable[str]) -> None:
+    """Let a service start only this from now on, also after a reboot.
+
+    :raises CprError: ``systemd-unit`` where the drop-in can't be written.
+    """
+    path = _held(name)
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
+            stream.write(_HELD_TEXT.format(" ".join(map(_quoted, (binary, *arguments)))))
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError as error:
+        raise _refused(name, f"{path} can't be written: {error.strerror}") from error
+    await commands.run("systemctl", "daemon-reload", timeout=60)
+
+
+async def let_go(name: str) -> None:
+    """Let a service start what its unit file says again.
+
+    :raises CprError: ``command-failed``.
+    """
+    try:
+        os.unlink(_held(name))
+    except FileNotFoundError:
+        return
+    with contextlib.suppress(OSError):
+        os.rmdir(os.path.dirname(_held(name)))
+    await commands.run("systemctl", "daemon-reload", timeout=60)
+
+
+async def start(name: str, timeout: float) -> int:
+    """Start a service, if it isn't yet; its main process.
+
+    :param timeout: seconds.
+    :raises CprError: ``command-failed`` with what systemd said.
+    """
+    with contextlib.suppress(CprError):  # it may have failed too often at boot
+        await commands.run("systemctl", "reset-failed", "--", name)
+    await commands.run("systemctl", "start", "--", name, timeout=timeout)
+    return int((await _show(name))["MainPID"])
+
+
+def _held(name: str) -> str:
+    return os.path.join("/etc/systemd/system", f"{name}.d", "90-vmfleet-cpr-held.conf")
+
+
+def _quoted(word: str) -> str:
+    """A word of a command line in a unit file (systemd.service(5))."""
+    for character, written in (("\\", "\\\\"), ('"', '\\"'), ("%", "%%"), ("$", "$$"), ("\n", "\\n")):
+        word = word.replace(character, written)
+    return f'"{word}"'
 
 
 def _drop_in(name: str) -> str:

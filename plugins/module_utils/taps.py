@@ -13,6 +13,7 @@ Pure functions. Private to the collection.
 
 from __future__ import annotations
 
+import dataclasses
 import typing as t
 from dataclasses import dataclass
 
@@ -72,6 +73,23 @@ class Settings:
     vlans: tuple[tuple[str, tuple[str, ...]], ...]
     queue_discipline: tuple[str, ...]
     up: bool
+
+
+def settings_of(data: t.Mapping[str, t.Any]) -> Settings:
+    """Settings that were written as JSON, which has lists only."""
+    return Settings(
+        bridge=data["bridge"],
+        link=tuple((key, value) for key, value in data["link"]),
+        port=dict(data["port"]),
+        vlans=tuple((vlan, tuple(flags)) for vlan, flags in data["vlans"]),
+        queue_discipline=tuple(data["queue_discipline"]),
+        up=data["up"],
+    )
+
+
+def named(tap: Tap) -> Tap:
+    """A tap that is no double: it has its own name from the start."""
+    return dataclasses.replace(tap, temporary=tap.name)
 
 
 def is_tap(option: Option) -> bool:
@@ -264,6 +282,18 @@ def with_descriptors(option: Option, numbers: t.Sequence[int], vhost_numbers: t.
     pairs.append((f"fd{plural}", ":".join(map(str, numbers))))
     if vhost_numbers:
         pairs.append((f"vhostfd{plural}", ":".join(map(str, vhost_numbers))))
+    return Option(option.flag, str(Properties(pairs)))
+
+
+def with_interface(option: Option, tap: Tap) -> Option:
+    """A tap backend that opens an interface which is there already, by its name."""
+    properties = read_properties(option)
+    rest = properties.pairs[1:] if properties.implied else properties.pairs
+    pairs: list[tuple[str | None, str]] = [(None, "tap")]
+    pairs += [pair for pair in rest if pair[0] not in ("type", *_OPENING_KEYS)]
+    pairs += [("ifname", tap.name), ("script", "no"), ("downscript", "no")]
+    if tap.queues > 1:
+        pairs.append(("queues", str(tap.queues)))
     return Option(option.flag, str(Properties(pairs)))
 
 

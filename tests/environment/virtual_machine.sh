@@ -19,7 +19,7 @@ need mke2fs e2fsprogs
 need ssh-keygen openssh-client
 need xz xz-utils
 # shellcheck disable=SC2086
-"$top/tests/environment/qemu.sh" trixie $suites # trixie's is the one that it runs on
+"$top/tests/environment/qemu.sh" $suites
 "$top/tests/environment/guests.sh"
 "$top/tests/environment/machine.sh" # for its mmdebstrap
 mkdir -p "$cache"
@@ -150,7 +150,12 @@ if [ "$(cat "$cache/root.complete" 2>/dev/null)" != "$state" ]; then
     make_root
     echo "$state" >"$cache/root.complete"
 fi
-state=$(echo "$cache"; cksum <"$0"; cd "$top/.cache" && ls -l --time-style=full-iso qemu/*/bin/qemu-system-x86_64 && cksum guests/vmlinuz guests/initrd guests/*.img)
+state=$(
+    echo "$state"
+    cd "$top/.cache"
+    ls -l --time-style=full-iso qemu/*/bin/qemu-system-x86_64
+    cksum guests/vmlinuz guests/initrd guests/*.img
+)
 if [ "$(cat "$cache/shared.complete" 2>/dev/null)" != "$state" ]; then
     make_shared
     echo "$state" >"$cache/shared.complete"

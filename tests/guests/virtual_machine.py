@@ -15,12 +15,9 @@ import socket
 import subprocess
 import typing as t
 
-from tests.guests.guest import CACHE, Qmp, command_line_of, is_alive, qemu, wait_until
+from tests.guests.guest import CACHE, NEW_SUITE, Qmp, command_line_of, is_alive, qemu, wait_until
 
-# TCG emulates AMD's SVM, and so gives it a KVM of its own where this machine has none to give. It
-# boots in two thirds of the time that it takes on QEMU 11.1.
-_SUITE = "trixie"
-_PATIENCE = 300.0  # seconds, for a boot: 20 on an idle machine of two processors
+_PATIENCE = 300.0  # seconds, for a boot: 20 to 40 with two processors
 
 
 class VirtualMachine:
@@ -59,7 +56,7 @@ class VirtualMachine:
             path.unlink(missing_ok=True)
         with open(self.directory / "stderr.log", "ab") as log:
             self._child = subprocess.Popen(
-                [qemu(_SUITE), *self._words()],
+                [qemu(NEW_SUITE), *self._words()],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=self.directory,
             )  # fmt: skip
         self._wait_for_boot("")
@@ -70,6 +67,7 @@ class VirtualMachine:
         kernel = f"root=/dev/nvme0n1 rw console=ttyS0 quiet mitigations=off net.ifnames=0 systemd.hostname={self.name}"
         return [
             "-name", self.name,
+            # TCG emulates AMD's SVM, and so gives it a KVM where this machine has none to give.
             "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-smp", "2",
             "-m", f"{self.memory}M", "-nodefaults", "-display", "none",
             "-kernel", str(CACHE / "virtual-machine" / "vmlinuz"), "-append", kernel,

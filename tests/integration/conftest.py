@@ -10,13 +10,17 @@ import json
 import os
 import pathlib
 import shutil
+import socket
+import subprocess
 import typing as t
 
 import pytest
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import (
     assess,
+    checkpoint,
     launch,
+    restore,
     resume,
     rollback,
     setup,
@@ -103,6 +107,16 @@ class Host:
         """guest_rollback."""
         return self._each(rollback, "roll_back", guests, parameters)
 
+    def checkpoint(self, *guests: Guest | str, **parameters: t.Any) -> list[Outcome]:
+        """guest_checkpoint."""
+        parameters = {"heartbeat_command": None, "write_timeout": 60.0, **parameters}
+        return asyncio.run(checkpoint.checkpoint_all(self.task(guests, **parameters)))
+
+    def restore(self, *guests: Guest | str, **parameters: t.Any) -> list[Outcome]:
+        """guest_restore."""
+        parameters = {"qemu_binary": None, "restore_timeout": 60.0, **parameters}
+        return asyncio.run(restore.restore_all(self.task(guests, **parameters)))
+
     def until(self, last: str, guest: Guest, **parameters: t.Any) -> Outcome:
         """All phases up to one; every one of them must succeed."""
         for phase in ("launch", "transfer", "setup", "resume"):
@@ -136,3 +150,23 @@ def fixture_rebuilt_qemu() -> t.Iterator[str]:
     shutil.copy2(original, copy)
     yield str(copy)
     copy.unlink()
+
+
+@pytest.fixture(name="small_place")
+def fixture_small_place(tmp_path: pathlib.Path) -> t.Iterator[pathlib.Path]:
+    """A directory with 8 MiB of room."""
+    place = tmp_path / "small"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(place)], check=True)
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.fixture(name="free_ports")
+def fixture_free_ports() -> list[int]:
+    """Two TCP ports that nobody listens at."""
+    sockets = [socket.create_server(("127.0.0.1", 0)) for dummy in range(2)]
+    ports = [item.getsockname()[1] for item in sockets]
+    for item in sockets:
+        item.close()
+    return ports

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import os
 import shutil
-import stat
 import time
 import typing as t
 
@@ -29,6 +28,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     new_command_line,
     process,
     offer,
+    permissions,
     qemu_binary,
     resources,
     surroundings,
@@ -253,7 +253,7 @@ def _plan(
     if in_place:
         command = new_command_line.make_in_place(options, running, state=update.state_file)
         update.exec_command = [binary.path, *command_line.write(command.arguments)]
-        update.permissions = _permissions(old, command)
+        update.permissions = permissions.read(map(old.path, new_command_line.bound_paths(command.arguments)))
     else:
         cpr_socket = update.cpr_socket if choice.mode == CPR_TRANSFER else None
         command = new_command_line.make(options, running, cpr_socket=cpr_socket)
@@ -291,16 +291,6 @@ def _plan(
     )
     _check_visible(old, [binary.path, records.directory, *(os.path.dirname(path) for path, dummy in update.renames)])
     return Plan(inspection, binary, update, command)
-
-
-def _permissions(old: process.QemuProcess, command: new_command_line.NewCommandLine) -> list[tuple[str, int, int, int]]:
-    """Path, owner, group and mode of what the old QEMU has bound and the new one will bind anew."""
-    found = []
-    for path in map(old.path, new_command_line.bound_paths(command.arguments)):
-        with contextlib.suppress(OSError):
-            status = os.stat(path)
-            found.append((path, status.st_uid, status.st_gid, stat.S_IMODE(status.st_mode)))
-    return found
 
 
 async def _let_units_speak(plans: t.Iterable[Plan]) -> None:

@@ -72,10 +72,14 @@ class Inspection:
 
     def blockers_of(self, mode: str) -> list[CprError]:
         """All that stands between the guest and a mode."""
+        return [*self.blockers_but_room(mode), *self.room.get(mode, ())]
+
+    def blockers_but_room(self, mode: str) -> list[CprError]:
+        """The same whatever room the host has."""
         judged = readiness.blockers(self.observation, mode) if self.observation else []
         special = memory.special_backends(self.description.options) if self.description and mode == PRECOPY else []
         one_or_two = self.in_exec if mode == CPR_EXEC else self.beside
-        return [*self.blockers, *one_or_two, *special, *judged, *self.room.get(mode, ())]
+        return [*self.blockers, *one_or_two, *special, *judged]
 
     def blockers_for(self, binary: Binary, mode: str) -> list[CprError]:
         """All that stands between the guest and this binary, but for `unknown_to`."""

@@ -35,7 +35,8 @@ async def old_qemu(update: journal.Update, watch: Watch, timeout: float = CONNEC
     :param timeout: seconds.
     :raises CprError: ``old-qemu-gone``, ``qemu-stopped``, or as `Monitor.connect`.
     """
-    return await _connect(failures.both(update)[0].monitor, watch, timeout, lambda: failures.old_qemu_gone(update))
+    old = update.old or failures.both(update)[0]
+    return await _connect(old.monitor, watch, timeout, lambda: failures.old_qemu_gone(update))
 
 
 async def new_qemu(update: journal.Update, watch: Watch, timeout: float = CONNECT_TIMEOUT) -> Monitor:

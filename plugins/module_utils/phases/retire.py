@@ -14,7 +14,14 @@ import shutil
 import stat
 import time
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import journal, network, process, systemd, user_network
+from ansible_collections.vmfleet.cpr.plugins.module_utils import (
+    journal,
+    network,
+    permissions,
+    process,
+    systemd,
+    user_network,
+)
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_EXEC
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
@@ -80,7 +87,7 @@ async def _retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor
             await old_watch.kill()
     _restore_paths(update)
     problems += await network.take_names(new.pid, update.taps)
-    await _restore_ports(update, monitor)
+    await restore_ports(update, monitor)
     with contextlib.suppress(OSError):
         os.unlink(update.log_of(update.generation - 1))
     await _finish(update, monitor, started, problems)
@@ -88,12 +95,9 @@ async def _retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor
 
 async def _finish_in_place(update: journal.Update, monitor: Monitor, started: float) -> None:
     """There is no old QEMU to end: only what the new one has bound anew is put right."""
-    for path, owner, group, mode in update.permissions:
-        with contextlib.suppress(FileNotFoundError):
-            os.chown(path, owner, group)
-            os.chmod(path, mode)
+    permissions.put_back(update.permissions)
     await verify.verify(update, monitor)
-    await _restore_ports(update, monitor)
+    await restore_ports(update, monitor)
     await _finish(update, monitor, started, [])
 
 
@@ -178,8 +182,11 @@ async def _hand_unit_over(update: journal.Update, unit: str, old_watch: Watch) -
     return []
 
 
-async def _restore_ports(update: journal.Update, monitor: Monitor) -> None:
-    """Let the new QEMU listen where the old one did; only now are those ports free."""
+async def restore_ports(update: journal.Update, monitor: Monitor) -> None:
+    """Let the new QEMU listen where the old one did; only now are those ports free.
+
+    :raises CprError: ``port-not-restored``.
+    """
     try:
         if update.display:
             await monitor.execute("display-update", update.display)

@@ -78,6 +78,15 @@ async def bring_back(update: journal.Update, monitor: Monitor, new_watch: Watch)
         where the message says.
     """
     await _end_new(update, new_watch)
+    return await resume_old(update, monitor)
+
+
+async def resume_old(update: journal.Update, monitor: Monitor) -> dict[str, t.Any]:
+    """Let the guest go on in the old QEMU; no other one may have it.
+
+    :returns: what its ``query-migrate`` said at the end.
+    :raises CprError: ``migration-not-ending``, ``qmp-timeout`` and the like.
+    """
     state = await _end_migration(monitor)
     run_state = (await monitor.execute("query-status"))["status"]
     # A failed or cancelled migration resumes the guest by itself, unless it was paused on

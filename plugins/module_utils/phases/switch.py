@@ -126,16 +126,16 @@ class _Takeover:
         if update.mode == CPR_REBOOT:
             await old.execute("migrate", {"uri": f"file:{update.state_file}"})
             await self._until_completed("old")
-            await _listen(new, {"uri": f"file:{update.state_file}"})
+            await listen(new, {"uri": f"file:{update.state_file}"})
             await self._until_completed("new")
             return
         if update.mode == PRECOPY:
             address = {"uri": f"unix:{update.main_socket}"}  # before QEMU 8.2 there are no channels
-            await _listen(new, address)
+            await listen(new, address)
             await old.execute("migrate", address)
         else:
             # It ends the CPR channel, which the old QEMU takes for the word to go on.
-            await _listen(new, {"channels": [_main_channel(update)]})
+            await listen(new, {"channels": [_main_channel(update)]})
         await self._until_completed("old", "new")
 
     async def _until_completed(self, *whose: str) -> None:
@@ -248,7 +248,7 @@ def _main_channel(update: journal.Update) -> dict[str, t.Any]:
     return {"channel-type": "main", "addr": address}
 
 
-async def _listen(new: Monitor, arguments: dict[str, t.Any]) -> None:
+async def listen(new: Monitor, arguments: dict[str, t.Any]) -> None:
     """Let the new QEMU take the guest's state.
 
     Without exit-on-error a load error would end it before it can say why (QEMU 9.1).

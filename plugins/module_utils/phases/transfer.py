@@ -44,7 +44,7 @@ async def transfer(update: journal.Update, *, timeout: float) -> Outcome:
         if new_watch.ended.is_set():
             raise failures.new_qemu_exited(update)
         async with await reach.old_qemu(update, old_watch) as monitor:
-            await _prepare_old(monitor, update)
+            await prepare_old(monitor, update)
             if update.mode == CPR_TRANSFER:
                 await _migrate(monitor, update, new_watch)
                 await _wait_for_new_monitor(monitor, update, old_watch, new_watch, timeout)
@@ -56,8 +56,12 @@ async def transfer(update: journal.Update, *, timeout: float) -> Outcome:
     return Outcome(update.guest, True, message, update)
 
 
-async def _prepare_old(monitor: Monitor, update: journal.Update) -> None:
-    """Set what ``migrate`` needs on the old QEMU, its former settings recorded first."""
+async def prepare_old(monitor: Monitor, update: journal.Update, phase: str = journal.TRANSFERRING) -> None:
+    """Set what ``migrate`` needs on the old QEMU, its former settings recorded first.
+
+    :param phase: what the record is in from then on.
+    :raises CprError: ``migration-blocked``, ``capability-refused``.
+    """
     current = await monitor.execute("query-migrate-capabilities")
     parameters = await monitor.execute("query-migrate-parameters")
     capabilities = handshake.capabilities_to_set(current, update.capabilities)
@@ -68,7 +72,7 @@ async def _prepare_old(monitor: Monitor, update: journal.Update) -> None:
         "capabilities": handshake.capabilities_to_restore(current, capabilities),
         "parameters": {name: parameters[name] for name in (*wanted, *update.parameters) if name in parameters},
     }
-    update.enter(journal.TRANSFERRING)
+    update.enter(phase)
     await setup.set_capabilities("old", monitor, capabilities)
     await monitor.execute("migrate-set-parameters", wanted)
     # QEMU computes the reasons for the mode that is set now.

@@ -130,7 +130,7 @@ async def _wait_for(update: journal.Update, failure: str, beats: t.Callable[[], 
 
 def _way_on(update: journal.Update) -> str:
     old, dummy = failures.both(update)
-    if update.mode == CPR_EXEC:
+    if update.mode == CPR_EXEC or update.phase == journal.RESUMING:
         return "Look at the guest. There is no old QEMU any more. Running again looks once more."
     return (
         f"Look at the guest. The old QEMU (process {old.pid}) is left stopped and must not be continued. Running again"

@@ -1,0 +1,341 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Writes a guest's state to a file and ends its QEMU: the guest then waits to be restored.
+
+Private to the collection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import os
+import shutil
+import time
+import typing as t
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils import (
+    command_line,
+    guests,
+    handshake,
+    journal,
+    machine_view,
+    network,
+    new_command_line,
+    permissions,
+    process,
+    readiness,
+    resources,
+    surroundings,
+    systemd,
+)
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_REBOOT
+from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Event, Monitor
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import (
+    failures,
+    preflight,
+    reach,
+    rollback,
+    switch,
+    transfer,
+    verify,
+    view,
+)
+from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
+from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
+
+WAITS = "The guest's state is in a file, and waits to be restored."
+# What a reboot empties.
+_VOLATILE = ("tmpfs", "ramfs", "hugetlbfs", "devtmpfs")
+# Bytes of a guest's state beside its RAM; with a display some 20 MiB.
+_STATE_SIZE = 64 << 20
+# Seconds that a QEMU gets to quit by itself.
+_QUIT_TIMEOUT = 30.0
+
+
+async def checkpoint_all(task: Task) -> list[Outcome]:
+    """Check every guest, and only if all can be restored write each one's state and end its QEMU.
+
+    Afterwards the guests are down and their checkpoints complete; a guest that fails runs on.
+    What a run that died left behind is undone or finished first.
+
+    :raises CprError: as `guests.select`.
+    """
+    found = guests.by_name(process.find(), task.journal)
+    waiting = [name for name in task.guests if name not in found and _is_complete(task.journal.load(name))]
+    wanted = [name for name in task.guests if name not in waiting]
+    names, selected = guests.select(wanted, found) if wanted or not task.guests else ([], {})
+    inspections: dict[str, preflight.Inspection] = {}
+
+    async def check(name: str) -> Outcome:
+        if task.check_mode:
+            return await judge(name)
+        with task.hold(name) as earlier:
+            if earlier.phase in (journal.CHECKPOINTING, journal.CHECKPOINTED):
+                ended = await _finish_or_undo(earlier, selected[name])
+                if ended:
+                    return ended
+            return await judge(name)
+
+    async def judge(name: str) -> Outcome:
+        inspection = await preflight.inspect(selected[name], task.journal.directory)
+        for blocker in blockers(inspection, task.journal.directory):
+            raise blocker
+        inspections[name] = inspection
+        return Outcome(name, True, "The guest's state would be written to a file, and its QEMU ended.")
+
+    async def write(name: str) -> Outcome:
+        with task.hold(name):
+            update = await _plan(task.journal, name, inspections[name], task.parameters)
+            task.claim(update)
+            await checkpoint(update, timeout=task.timeout, write_timeout=task.parameters["write_timeout"])
+        return Outcome(name, True, str(update.message), update)
+
+    already = [Outcome(name, False, WAITS, task.journal.load(name)) for name in waiting]
+    checked = await task.for_each(names, "preflight", check)
+    if task.check_mode or any(outcome.error for outcome in checked):
+        untouched = "Nothing was done."
+        return [
+            *already,
+            *(item if item.error or task.check_mode else Outcome(item.guest, False, untouched) for item in checked),
+        ]
+    written = {item.guest: item for item in await task.for_each(inspections, "checkpoint", write)}
+    return [*already, *(written.get(item.guest, item) for item in checked)]
+
+
+def _is_complete(update: journal.Update | None) -> bool:
+    return update is not None and update.phase == journal.CHECKPOINTED
+
+
+def blockers(inspection: preflight.Inspection, directory: str) -> list[CprError]:
+    """What stands between a guest and its checkpoint."""
+    found = inspection.blockers_but_room(CPR_REBOOT)
+    if inspection.observation is None or inspection.description is None:
+        return found
+    pid = inspection.process.identity.pid
+    try:
+        new_command_line.make_in_place(inspection.description.options, inspection.description.running, state="")
+    except CprError as error:
+        found.append(error)
+    if surroundings.read(pid).namespaces and not inspection.unit:
+        found.append(
+            CprError(
+                "checkpoint-namespace",
+                "The guest's QEMU is in a namespace of its own, which will be gone with it.",
+                "Run it in a service that makes that namespace, or leave this guest out.",
+            )
+        )
+    return [*found, *resources.disk_blockers(directory, _bytes_to_write(inspection.observation))]
+
+
+def _survives(observation: readiness.Observation) -> bool:
+    """Whether the guest's RAM is in files that outlive the host's reboot."""
+    files = [block.path for block in observation.memory if block.path]
+    return observation.memory_in_place and not any(resources.file_system(path) in _VOLATILE for path in files)
+
+
+def _bytes_to_write(observation: readiness.Observation) -> int:
+    ram = 0 if _survives(observation) else sum(block.size for block in observation.memory)
+    return ram + _STATE_SIZE
+
+
+async def _plan(
+    records: journal.Journal, name: str, inspection: preflight.Inspection, parameters: t.Mapping[str, t.Any]
+) -> journal.Update:
+    old = inspection.process
+    pid = old.identity.pid
+    observation = t.cast("t.Any", inspection.observation)
+    description = t.cast("t.Any", inspection.description)
+    command = new_command_line.make_in_place(description.options, description.running, state="")
+    if inspection.unit and any(option.name == "daemonize" for option in old.options):
+        command.arguments.append(command_line.Option("-daemonize"))  # its service may wait for that (Type=forking)
+    update = journal.Update(guest=name, directory=records.path(name), mode=CPR_REBOOT)
+    update.machine_type, update.run_state = observation.machine_type, observation.run_state
+    update.unit = inspection.unit["Id"] if inspection.unit else None
+    update.taps = list(description.running.taps)
+    update.display, update.forwards = command.display, command.forwards
+    in_place = _survives(observation)
+    agreement = handshake.agree(observation.offer, observation.offer, mode=CPR_REBOOT, in_place=in_place)
+    update.capabilities, update.parameters = agreement.capabilities, agreement.parameters
+    update.old = journal.Qemu(
+        pid, old.identity.start_time, old.executable, observation.offer.version_text, t.cast(str, inspection.monitor)
+    )
+    update.permissions = permissions.read(map(old.path, new_command_line.bound_paths(command.arguments)))
+    update.heartbeat = {"command": parameters.get("heartbeat_command"), "timeout": parameters["heartbeat_timeout"]}
+    around = dataclasses.replace(surroundings.read(pid), working_directory=old.working_directory)
+    if new_command_line.changes_user(command.arguments):
+        around = around.as_root()
+    update.checkpoint = {
+        "arguments": command_line.write(command.arguments),
+        "surroundings": surroundings.as_dict(around),
+        "user": surroundings.read(pid).user,
+        "started_at": process.started_at(old.identity),
+        "taps": [dataclasses.asdict((await network.inspect(pid, tap.name))[1]) for tap in update.taps],
+        "boot_id": process.boot_id(),
+        "memory_files": [block.path for block in observation.memory] if in_place else [],
+        "bytes_of_ram": sum(block.size for block in observation.memory),
+    }
+    return update
+
+
+async def checkpoint(update: journal.Update, *, timeout: float, write_timeout: float) -> None:
+    """Write a guest's state to its file, and end its QEMU; the guest is then down, and its checkpoint complete.
+
+    :param timeout: seconds for the connection.
+    :param write_timeout: seconds that the guest's state may take.
+    :raises CprError: the guest runs on in its QEMU, as before, unless the code is ``old-qemu-gone``.
+    """
+    started = time.monotonic()
+    old = t.cast(journal.Qemu, update.old)
+    _make_room(update)
+    with Watch(old.identity) as watch:
+        async with await reach.old_qemu(update, watch, timeout) as monitor:
+            try:
+                before = await view.read(monitor, old.pid)
+                agreed = handshake.Agreement(update.capabilities, update.parameters, [])
+                update.agreement = handshake.record(CPR_REBOOT, agreed, machine_view.summary(before), view.HINTS, {})
+                update.heartbeat["agent"] = await verify.agent_answers(monitor, before, old.pid)
+                await transfer.prepare_old(monitor, update, journal.CHECKPOINTING)
+                await _write(update, monitor, watch, write_timeout)
+                await _keep(update)
+                if update.unit:
+                    await systemd.hold_back(update.unit, old.executable, update.checkpoint["arguments"])
+                update.took("checkpoint", started)
+                update.run = None  # from here on anybody may restore it
+                update.enter(journal.CHECKPOINTED, _message(update))
+            except BaseException as error:
+                if watch.ended.is_set():
+                    await _forget(update)
+                    raise failures.old_qemu_gone(update) from error
+                await undo(update, monitor)
+                if isinstance(error, CprError):
+                    error.message += " The guest runs on, as before."
+                raise
+            await _end(monitor, watch)
+
+
+def _make_room(update: journal.Update) -> None:
+    """An empty directory that only the QEMU's user can enter."""
+    try:
+        os.makedirs(update.directory, mode=0o711, exist_ok=True)
+        shutil.rmtree(update.channels, ignore_errors=True)
+        os.mkdir(update.channels, mode=0o700)
+        if os.geteuid() == 0:
+            os.chown(update.channels, update.checkpoint["user"], -1)
+    except OSError as error:
+        raise CprError(
+            "state-directory",
+            f"The directory {update.directory} can't be made: {error.strerror}.",
+            "Give the collection a directory that has room and that it may write.",
+        ) from error
+
+
+async def _write(update: journal.Update, monitor: Monitor, watch: Watch, timeout: float) -> None:
+    """Let QEMU stop the guest and write all of it."""
+    stop: Event | None = None
+    with monitor.events("STOP", "MIGRATION") as events:
+        await monitor.execute("migrate", {"uri": f"file:{update.state_file}"})
+        deadline = time.monotonic() + timeout
+        while True:
+            try:
+                event = await asyncio.wait_for(monitor.next_event(events), max(0.0, deadline - time.monotonic()))
+            except asyncio.TimeoutError:
+                raise CprError(
+                    "write-timeout",
+                    f"The guest's state was not written within {timeout:g} s.",
+                    "Give it more time (write_timeout), or a faster directory.",
+                ) from None
+            if event["event"] == "STOP":
+                stop = event
+            elif event["data"]["status"] == "completed":
+                break
+            elif event["data"]["status"] in ("failed", "cancelled"):
+                state = await monitor.execute("query-migrate")
+                raise CprError(
+                    "write-failed",
+                    f"QEMU could not write the guest's state: {state.get('error-desc') or state['status']}.",
+                    "Is there room in that directory, and may the guest's user write there?",
+                    qemu_description=state.get("error-desc"),
+                )
+    update.checkpoint["stopped_at"] = switch.microseconds(stop) if stop else None
+
+
+async def _keep(update: journal.Update) -> None:
+    """See that what was written is on the disk, and note what it must be like when it is read."""
+    for path in update.checkpoint["memory_files"]:
+        await asyncio.to_thread(_sync, path)
+    await asyncio.to_thread(_sync, update.state_file)
+    update.checkpoint["size"] = os.path.getsize(update.state_file)
+    update.checkpoint["sha256"] = await asyncio.to_thread(digest, update.state_file)
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest(path: str) -> str:
+    """The SHA-256 of a file."""
+    found = hashlib.sha256()
+    with open(path, "rb", buffering=0) as stream:
+        for part in iter(lambda: stream.read(1 << 20), b""):
+            found.update(part)
+    return found.hexdigest()
+
+
+def _message(update: journal.Update) -> str:
+    size = update.checkpoint["size"] >> 20
+    where = "its RAM left in its file" if update.checkpoint["memory_files"] else "its RAM among it"
+    return f"{WAITS} It has {size} MiB, {where}."
+
+
+async def undo(update: journal.Update, monitor: Monitor) -> None:
+    """Let the guest go on in its QEMU, and remove what there is of its checkpoint.
+
+    :raises CprError: as `rollback.resume_old`.
+    """
+    if update.unit:
+        await systemd.let_go(update.unit)
+    await rollback.resume_old(update, monitor)
+    await _forget(update)
+
+
+async def _forget(update: journal.Update) -> None:
+    shutil.rmtree(update.channels, ignore_errors=True)
+    with contextlib.suppress(CprError):
+        update.enter(journal.ROLLED_BACK, "The guest was not checkpointed.")
+
+
+async def _end(monitor: Monitor, watch: Watch) -> None:
+    """End the QEMU of a complete checkpoint."""
+    with contextlib.suppress(CprError):  # it may exit before it answers
+        await monitor.execute("quit")
+    if not await watch.wait(_QUIT_TIMEOUT):
+        await watch.kill()
+
+
+async def _finish_or_undo(earlier: journal.Update, found: process.QemuProcess) -> Outcome | None:
+    """What a run that died left of a guest's checkpoint: finished, or undone; None if it is to be made anew."""
+    old = t.cast(journal.Qemu, earlier.old)
+    if found.identity != old.identity:
+        if earlier.phase == journal.CHECKPOINTED:
+            raise CprError(
+                "checkpoint-exists",
+                f"The guest runs, and there is a checkpoint of it that was not restored: {earlier.directory}.",
+                "Was it started anew? Then the checkpoint is out of date: remove that directory.",
+            )
+        return None
+    with Watch(old.identity) as watch:
+        async with await reach.old_qemu(earlier, watch) as monitor:
+            if earlier.phase == journal.CHECKPOINTED:
+                await _end(monitor, watch)
+                return Outcome(earlier.guest, True, WAITS, earlier)
+            await undo(earlier, monitor)
+    return None

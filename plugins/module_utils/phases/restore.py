@@ -1,0 +1,345 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Lets guests go on whose state is in a file.
+
+Private to the collection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import time
+import typing as t
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils import (
+    command_line,
+    descriptors,
+    guests,
+    handshake,
+    journal,
+    launcher,
+    network,
+    permissions,
+    process,
+    qemu_binary,
+    surroundings,
+    systemd,
+    taps,
+)
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
+from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
+from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import (
+    checkpoint,
+    reach,
+    retire,
+    setup,
+    switch,
+    verify,
+)
+from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
+from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
+
+_RESTORABLE = (journal.CHECKPOINTED, journal.RESTORING, journal.RESUMING)
+
+
+async def restore_all(task: Task) -> list[Outcome]:
+    """Let the guests go on that were named, or all that have a checkpoint, in the order in which they were started once.
+
+    A guest that fails leaves its checkpoint behind, complete.
+
+    :raises CprError: as `qemu_binary.probe` where a binary was given; ``checkpoint-missing``.
+    """
+    path = task.parameters["qemu_binary"]
+    binary = await qemu_binary.probe(path) if path else None
+    running = guests.by_name(process.find(), task.journal)
+    names = _in_order(task)
+    options = {"limit": task.parameters["restore_timeout"], "binary": binary}
+
+    async def one(name: str) -> Outcome:
+        if task.check_mode:
+            update = t.cast(journal.Update, task.journal.load(name))
+            return Outcome(name, True, "The guest would be restored.", update)
+        with task.hold(name) as update:
+            task.claim(update)
+            return await restore(update, running.get(name, []), timeout=task.timeout, **options)
+
+    return await task.for_each(names, "restore", one)
+
+
+def _in_order(task: Task) -> list[str]:
+    found = {name: update for name in task.journal.guests() for update in [task.journal.load(name)] if update}
+    names = [name for name, update in found.items() if update.phase in (*_RESTORABLE, journal.CHECKPOINTING)]
+    missing = sorted(set(task.guests) - set(names))
+    if missing:
+        raise CprError(
+            "checkpoint-missing",
+            f"There is no checkpoint of {', '.join(missing)} in {task.journal.directory}.",
+            f"Those that are there: {', '.join(sorted(names)) or 'none'}.",
+        )
+    wanted = task.guests or names
+    return sorted(wanted, key=lambda name: (found[name].checkpoint.get("started_at", 0), name))
+
+
+async def restore(
+    update: journal.Update,
+    running: t.Sequence[process.QemuProcess],
+    *,
+    timeout: float,
+    limit: float,
+    binary: Binary | None,
+) -> Outcome:
+    """Start a QEMU for the guest, give it the guest's state, and let the guest run.
+
+    Only once it runs its checkpoint goes. From the moment in which it may have run, that is out of date
+    and is never used again: its disks have moved on.
+
+    :param running: the processes that have the guest's name.
+    :param timeout: seconds for the start.
+    :param limit: seconds that loading the state may take.
+    :param binary: the QEMU to take instead of the one that wrote the checkpoint.
+    :raises CprError: ``guest-running``, ``checkpoint-damaged``, ``checkpoint-incomplete``, ``state-unclear``,
+        ``restore-failed``; the checkpoint is complete and nothing runs the guest, but for the two in the middle.
+    """
+    started = time.monotonic()
+    if update.checkpoint["boot_id"] != process.boot_id():
+        # Whoever has these pids by now is somebody else.
+        for qemu in filter(None, (update.old, update.new)):
+            qemu.start_time = -1
+        update.checkpoint["boot_id"] = process.boot_id()
+    finished = await _take_up(update, running, timeout)
+    if finished:
+        return finished
+    await _check(update)
+    if binary:
+        _check_binary(update, binary)
+    old = t.cast(journal.Qemu, update.old)
+    executable, version = (binary.path, binary.offer.version_text) if binary else (old.executable, old.version)
+    update.new = journal.Qemu(0, 0, executable, version, old.monitor)
+    await _start(update, timeout)
+    with Watch(update.new.identity) as watch:
+        try:
+            if not await reach.answers(update, watch, time.monotonic() + timeout):
+                raise _exited(update) if watch.ended.is_set() else _silent(update, timeout)
+            async with await reach.new_qemu(update, watch) as monitor:
+                await _load(update, monitor, watch, limit)
+                await _resume(update, monitor, watch)
+                return await _finish(update, monitor, started)
+        except BaseException as error:
+            if update.phase == journal.RESTORING:  # it has not run
+                await watch.kill()
+                with contextlib.suppress(CprError):
+                    update.enter(journal.CHECKPOINTED, checkpoint.WAITS)
+                if isinstance(error, CprError):
+                    error.hint = f"The checkpoint is as it was, in {update.directory}. {error.hint}".strip()
+            raise
+
+
+async def _take_up(update: journal.Update, running: t.Sequence[process.QemuProcess], timeout: float) -> Outcome | None:
+    """What a run that died left behind, brought to where restoring can begin; an outcome if there is nothing left."""
+    new, old = update.new, update.old
+    for qemu in running:
+        if new and qemu.identity == new.identity:
+            continue
+        if old and qemu.identity == old.identity:
+            return await _still_in_its_qemu(update, old)
+        if update.unit and await _is_waiting(qemu):
+            continue  # systemd has started it for us
+        raise CprError(
+            "guest-running",
+            f"A QEMU runs a guest of this name already (process {qemu.identity.pid}).",
+            f"Was it started anew? Then its checkpoint is out of date: remove {update.directory}.",
+        )
+    if update.phase == journal.CHECKPOINTING:
+        raise CprError(
+            "checkpoint-incomplete",
+            "The host or the guest's QEMU ended while the guest's state was being written: the guest is down.",
+            f"Start the guest anew; its disks are as after a power cut. Then remove {update.directory}.",
+        )
+    if new is None:
+        return None
+    with Watch(new.identity) as watch:
+        if update.phase == journal.RESUMING:
+            if watch.ended.is_set():
+                raise CprError(
+                    "state-unclear",
+                    f"The guest was told to go on in process {new.pid}, which is gone: it may have run, and its checkpoint"
+                    " is out of date then.",
+                    f"Nothing was done. Start the guest anew; then remove {update.directory}.",
+                )
+            async with await reach.new_qemu(update, watch, timeout) as monitor:
+                await _resume(update, monitor, watch)
+                return await _finish(update, monitor, time.monotonic())
+        await watch.kill()
+    return None
+
+
+async def _still_in_its_qemu(update: journal.Update, old: journal.Qemu) -> Outcome | None:
+    """The QEMU that wrote the state is there: it ends if the state is complete, and else goes on."""
+    with Watch(old.identity) as watch:
+        async with await reach.old_qemu(update, watch) as monitor:
+            await checkpoint.undo(update, monitor)
+    return Outcome(update.guest, True, "The guest goes on in the QEMU that it was in.", update)
+
+
+async def _is_waiting(qemu: process.QemuProcess) -> bool:
+    async with await guests.open_monitor(qemu) as monitor:
+        return (await monitor.execute("query-status"))["status"] == "inmigrate"
+
+
+async def _check(update: journal.Update) -> None:
+    try:
+        size = os.path.getsize(update.state_file)
+        same = size == update.checkpoint["size"]
+        same = same and await asyncio.to_thread(checkpoint.digest, update.state_file) == update.checkpoint["sha256"]
+        missing = [path for path in update.checkpoint["memory_files"] if not os.path.exists(path)]
+    except OSError as error:
+        raise _damaged(update, f"{update.state_file}: {error.strerror}") from error
+    if not same:
+        raise _damaged(update, f"{update.state_file} is not what was written")
+    if missing:
+        raise _damaged(update, f"the guest's RAM {', '.join(missing)} is gone")
+
+
+def _damaged(update: journal.Update, why: str) -> CprError:
+    return CprError(
+        "checkpoint-damaged",
+        f"The guest's checkpoint can't be used: {why}.",
+        f"Put it back from a copy; or remove {update.directory} and start the guest anew, as after a power cut.",
+    )
+
+
+def _check_binary(update: journal.Update, binary: Binary) -> None:
+    if update.machine_type not in binary.machine_types:
+        raise CprError(
+            "machine-type-missing",
+            f"The guest's machine type {update.machine_type} is not in QEMU {binary.offer.version_text}.",
+            "Choose a QEMU that has it.",
+        )
+
+
+async def _start(update: journal.Update, timeout: float) -> None:
+    """Start a QEMU that waits for the guest, in the guest's service where it has one."""
+    new = t.cast(journal.Qemu, update.new)
+    update.generation = 0
+    await _make_taps(update)
+    arguments = update.checkpoint["arguments"]
+    if update.unit:
+        if new.executable != t.cast(journal.Qemu, update.old).executable:
+            await systemd.hold_back(update.unit, new.executable, arguments)
+        new.pid = await systemd.start(update.unit, timeout)
+        identity = process.identify(new.pid)
+        new.start_time = identity.start_time if identity else 0
+        update.enter(journal.RESTORING)
+    else:
+        around = surroundings.from_dict(update.checkpoint["surroundings"])
+        with launcher.Prepared(new.executable, arguments, around, update.log) as child:
+            new.pid, new.start_time = child.identity.pid, child.identity.start_time
+            update.enter(journal.RESTORING)
+            child.start(timeout)
+
+
+async def _make_taps(update: journal.Update) -> None:
+    """Make the guest's interfaces anew, where nobody has, to stay until the QEMU has them open."""
+    for tap, settings in zip(update.taps, update.checkpoint["taps"]):
+        pid = os.getpid()
+        if not os.path.exists(f"/sys/class/net/{tap.name}"):
+            number = descriptors.create_tap(taps.named(tap), pid)
+            try:
+                descriptors.keep_tap(number, update.checkpoint["user"], None)
+            finally:
+                os.close(number)
+        wanted = taps.settings_of(settings)
+        if taps.differences(wanted, (await network.inspect(pid, tap.name))[1]):
+            await network.set_up(pid, tap.name, wanted)
+
+
+async def _load(update: journal.Update, monitor: Monitor, watch: Watch, limit: float) -> None:
+    """Give the QEMU the guest's state."""
+    current = await monitor.execute("query-migrate-capabilities")
+    await setup.set_capabilities("new", monitor, handshake.capabilities_to_set(current, update.capabilities))
+    with monitor.events("MIGRATION") as events:
+        await switch.listen(monitor, {"uri": f"file:{update.state_file}"})
+        deadline = time.monotonic() + limit
+        while True:
+            try:
+                event = await asyncio.wait_for(monitor.next_event(events), max(0.0, deadline - time.monotonic()))
+            except asyncio.TimeoutError:
+                raise _failed(f"it was not read within {limit:g} s", "Give it more time (restore_timeout).") from None
+            except CprError as error:
+                if await watch.wait(reach.LAST_BREATH):
+                    raise _exited(update) from error
+                raise
+            if event["data"]["status"] == "completed":
+                return
+            if event["data"]["status"] in ("failed", "cancelled"):
+                state = await monitor.execute("query-migrate")
+                raise _failed(
+                    str(state.get("error-desc") or state["status"]), "Restore it with the QEMU that wrote it."
+                )
+
+
+def _failed(why: str, hint: str) -> CprError:
+    return CprError("restore-failed", f"The QEMU could not load the guest's state: {why}.", hint, qemu_description=why)
+
+
+def _exited(update: journal.Update) -> CprError:
+    secrets = command_line.secrets(command_line.parse(update.checkpoint["arguments"]))
+    words = command_line.mask(launcher.last_words(update.log), secrets)
+    return CprError(
+        "new-qemu-exited",
+        f"The QEMU that was started for the guest exited. Its last words: {words or '(none)'}",
+        "Make it accept the guest's devices and files, then run again.",
+        qemu_description=words or None,
+    )
+
+
+def _silent(update: journal.Update, timeout: float) -> CprError:
+    return CprError(
+        "new-qemu-silent",
+        f"The QEMU (process {t.cast(journal.Qemu, update.new).pid}) did not wait for the guest within {timeout:g} s.",
+        "Give it more time (timeout), or see why the host is slow.",
+    )
+
+
+async def _resume(update: journal.Update, monitor: Monitor, watch: Watch) -> None:
+    """Let the guest run; from here on its checkpoint is out of date."""
+    update.enter(journal.RESUMING)
+    if update.run_state != "running":
+        return
+    await monitor.execute("cont")
+    stopped_at = update.checkpoint.get("stopped_at")
+    if (await monitor.execute("query-status"))["status"] != "running":
+        raise CprError(
+            "guest-not-running",
+            "The guest was told to go on, and does not run.",
+            f"Look at it in process {watch.identity.pid}; running again tries once more.",
+        )
+    if stopped_at:
+        update.pause_ms = round((time.time_ns() // 1000 - stopped_at) / 1000, 2)
+
+
+async def _finish(update: journal.Update, monitor: Monitor, started: float) -> Outcome:
+    """Put right what goes beyond the guest itself, and remove its checkpoint."""
+    new = t.cast(journal.Qemu, update.new)
+    permissions.put_back(update.permissions)
+    for tap in update.taps:
+        with contextlib.suppress(CprError, OSError):
+            if not tap.persistent:
+                numbers = {name: number for number, name in network.open_taps(new.pid).items()}
+                descriptors.let_tap_go(new.pid, numbers[tap.name])
+    await verify.verify(update, monitor)
+    await retire.restore_ports(update, monitor)
+    await setup.put_back(monitor, update.restore)
+    if update.unit:
+        await systemd.let_go(update.unit)
+    update.took("restore", started)
+    pause = f" after {update.pause_ms / 1000:.1f} s" if update.pause_ms else ""
+    message = f"The guest goes on in QEMU {new.version}{pause}."
+    update.enter(journal.RESTORED, message)
+    shutil.rmtree(update.channels, ignore_errors=True)
+    return Outcome(update.guest, True, message, update)

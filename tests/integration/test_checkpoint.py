@@ -1,0 +1,265 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Guests whose state goes to a file, and that go on from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import time
+
+import pytest
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
+from tests.guests.guest import NEW_SUITE, OLD_SUITE, Guest, is_alive, qemu
+
+
+def goes_on(guest: Guest) -> None:
+    """The guest counts on, in one process, and never noticed anything."""
+    guest.wait_for_ticks()
+    guest.check_continuity()
+    guest.pid()
+
+
+def done(outcomes):
+    """The one outcome, which is no failure."""
+    (outcome,) = outcomes
+    assert outcome.error is None, str(outcome.error)
+    return outcome
+
+
+@pytest.mark.parametrize("suites", [(OLD_SUITE, None), (OLD_SUITE, NEW_SUITE), (NEW_SUITE, OLD_SUITE)], ids=str)
+def test_a_guest_goes_on_from_its_file_in_any_qemu(start, host, suites):
+    guest = start("away", suite=suites[0], machine="pc-q35-10.0", more=["-vnc", "unix:{dir}/vnc.sock"])
+    os.chmod(guest.monitor, 0o660)
+    outcome = done(host.checkpoint(guest))
+    assert outcome.update.phase == "checkpointed" and outcome.update.checkpoint["size"] > 0
+    assert guest.pids() == []
+    assert done(host.checkpoint(guest)).changed is False
+    outcome = done(host.restore(guest, qemu_binary=qemu(suites[1]) if suites[1] else None))
+    assert outcome.update.phase == "restored" and outcome.update.pause_ms > 0
+    goes_on(guest)
+    assert not pathlib.Path(outcome.update.channels).exists()
+    assert os.stat(guest.monitor).st_mode & 0o777 == 0o660
+
+
+def test_a_linux_guest_with_plain_memory(start, host):
+    guest = start("penguin", linux=True, shared=False)
+    done(host.checkpoint(guest))
+    done(host.restore(guest))
+    goes_on(guest)
+
+
+def test_all_guests_are_restored_in_the_order_in_which_they_were_started(start, host):
+    guests = [start(name) for name in ("zebra", "ant")]
+    time.sleep(0.1)
+    assert [item.error for item in host.checkpoint(*guests)] == [None, None]
+    outcomes = host.restore()
+    assert [item.guest for item in outcomes] == ["zebra", "ant"]
+    for guest in guests:
+        goes_on(guest)
+
+
+def test_a_paused_guest_stays_paused(start, host):
+    guest = start("paused")
+    with guest.qmp() as monitor:
+        monitor.execute("stop")
+    done(host.checkpoint(guest))
+    done(host.restore(guest))
+    assert guest.status() == "paused"
+    with guest.qmp() as monitor:
+        monitor.execute("cont")
+    goes_on(guest)
+
+
+def test_ram_in_a_file_on_a_disk_stays_there(start, host, tmp_path):
+    backend = ("-object", f"memory-backend-file,id=ram0,size=64M,mem-path={tmp_path}/ram,share=on")
+    guest = start("file", memory=backend)
+    outcome = done(host.checkpoint(guest))
+    assert outcome.update.checkpoint["memory_files"] == [f"{tmp_path}/ram"]
+    assert outcome.update.checkpoint["size"] < 2 << 20
+    done(host.restore(guest))
+    goes_on(guest)
+
+
+def test_a_port_and_a_forwarded_port_that_were_handed_over_before_are_there_again(
+    start, host, rebuilt_qemu, free_ports
+):
+    console, forward = free_ports
+    more = [
+        "-chardev",
+        f"socket,id=c,host=127.0.0.1,port={console},server=on,wait=off",
+        "-device",
+        "isa-serial,chardev=c",
+    ]
+    more += ["-netdev", f"user,id=n,hostfwd=tcp:127.0.0.1:{forward}-:22", "-device", "e1000,netdev=n"]
+    guest = start("ports", suite=NEW_SUITE, more=more)
+    host.until("resume", guest, qemu_binary=rebuilt_qemu)
+    done(host.checkpoint(guest))
+    done(host.restore(guest))
+    goes_on(guest)
+    for port in free_ports:
+        assert any(f":{port:04X} " in line for line in listening(guest.pid()))
+
+
+def listening(pid):
+    return pathlib.Path(f"/proc/{pid}/net/tcp").read_text(encoding="ascii").splitlines()
+
+
+def test_nothing_is_written_where_there_is_no_room(start, host, small_place):
+    guest = start("big")
+    (outcome,) = host.checkpoint(guest, state_directory=str(small_place))
+    assert outcome.error.code == "disk-short"
+    goes_on(guest)
+
+
+def test_a_disk_that_fills_up_leaves_the_guest_running(start, host, small_place, monkeypatch):
+    from ansible_collections.vmfleet.cpr.plugins.module_utils import resources
+
+    monkeypatch.setattr(resources, "disk_blockers", lambda *dummy: [])
+    guest = start("full", linux=True)
+    (outcome,) = host.checkpoint(guest, state_directory=str(small_place))
+    assert outcome.error.code == "write-failed" and "runs on" in outcome.error.message
+    goes_on(guest)
+    assert not (small_place / "full" / "0").exists()
+
+
+def test_a_damaged_checkpoint_is_not_loaded(start, host):
+    guest = start("damaged")
+    update = done(host.checkpoint(guest)).update
+    state = pathlib.Path(update.state_file)
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    (outcome,) = host.restore(guest)
+    assert outcome.error.code == "checkpoint-damaged" and guest.pids() == []
+    state.write_bytes(whole)
+    done(host.restore(guest))
+    goes_on(guest)
+
+
+def test_a_guest_that_was_started_anew_is_not_overrun(start, host):
+    guest = start("anew")
+    done(host.checkpoint(guest))
+    guest.start(qemu(OLD_SUITE))
+    (outcome,) = host.restore(guest)
+    assert outcome.error.code == "guest-running"
+    (outcome,) = host.checkpoint(guest)
+    assert outcome.error.code == "checkpoint-exists"
+    assert is_alive(guest.pid())
+
+
+def test_a_qemu_that_can_not_load_it_leaves_the_checkpoint(start, host, tmp_path):
+    guest = start("wrong", suite=NEW_SUITE, machine="pc-q35-11.1")
+    done(host.checkpoint(guest))
+    (outcome,) = host.restore(guest, qemu_binary=qemu(OLD_SUITE))
+    assert outcome.error.code == "machine-type-missing"
+    broken = tmp_path / "qemu-system-x86_64"
+    broken.write_text(
+        f'#!/bin/sh\ncase "$*" in *none,accel*) exec {qemu(NEW_SUITE)} "$@";; esac\necho no such thing >&2; exit 1\n'
+    )
+    broken.chmod(0o755)
+    (outcome,) = host.restore(guest, qemu_binary=str(broken))
+    assert outcome.error.code == "new-qemu-exited" and guest.pids() == []
+    assert host.record(guest)["phase"] == "checkpointed"
+    done(host.restore(guest))
+    goes_on(guest)
+
+
+def test_without_a_checkpoint_there_is_nothing_to_restore(start, host):
+    assert host.restore() == []
+    with pytest.raises(Exception) as error:
+        host.restore("nobody")
+    assert error.value.code == "checkpoint-missing"
+
+
+# A run that dies at each step of a checkpoint, and of its restoration.
+
+
+def dies_at(host, monkeypatch, phase, work):
+    """Run it in a child that is killed when it has recorded this phase; the record is then on disk."""
+    child = os.fork()
+    if child == 0:
+        enter = journal.Update.enter
+
+        def enter_and_die(update, name, message=None):
+            enter(update, name, message)
+            if name == phase:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        journal.Update.enter = enter_and_die
+        try:
+            work()
+        finally:
+            os._exit(1)
+    dummy, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "it ended before that phase"
+
+
+@pytest.mark.parametrize("phase", ["checkpointing", "checkpointed"])
+def test_a_checkpoint_whose_run_dies_is_undone_by_the_next(start, host, monkeypatch, phase):
+    guest = start("died")
+    dies_at(host, monkeypatch, phase, lambda: host.checkpoint(guest))
+    assert len(guest.pids()) == 1
+    done(host.restore(guest))
+    goes_on(guest)
+    done(host.checkpoint(guest))
+    done(host.restore(guest))
+    goes_on(guest)
+
+
+@pytest.mark.parametrize("phase", ["checkpointing", "checkpointed"])
+def test_a_checkpoint_whose_run_dies_is_completed_by_the_same_again(start, host, monkeypatch, phase):
+    guest = start("died")
+    dies_at(host, monkeypatch, phase, lambda: host.checkpoint(guest))
+    done(host.checkpoint(guest))
+    assert guest.pids() == []
+    done(host.restore(guest))
+    goes_on(guest)
+
+
+@pytest.mark.parametrize("phase", ["restoring", "resuming", "restored"])
+def test_a_restoration_whose_run_dies_is_finished_by_the_next(start, host, monkeypatch, phase):
+    guest = start("died")
+    done(host.checkpoint(guest))
+    dies_at(host, monkeypatch, phase, lambda: host.restore(guest))
+    if phase != "restored":
+        done(host.restore(guest))
+    goes_on(guest)
+    assert host.record(guest)["phase"] == "restored"
+
+
+def test_a_guest_that_may_have_run_is_never_restored_from_the_same_file_again(start, host, monkeypatch):
+    guest = start("ran")
+    done(host.checkpoint(guest))
+    dies_at(host, monkeypatch, "resuming", lambda: host.restore(guest))
+    guest.kill()
+    (outcome,) = host.restore(guest)
+    assert outcome.error.code == "state-unclear" and guest.pids() == []
+
+
+def test_a_qemu_that_is_killed_while_it_writes_is_told(start, host, monkeypatch):
+    guest = start("killed")
+    dies_at(host, monkeypatch, "checkpointing", lambda: host.checkpoint(guest))
+    guest.kill()
+    (outcome,) = host.restore(guest)
+    assert outcome.error.code == "checkpoint-incomplete"
+
+
+def test_after_a_reboot_nobody_is_taken_for_the_guests_qemu(start, host):
+    """A pid with its start time may be somebody else's after a reboot, however unlikely."""
+    guest = start("rebooted")
+    done(host.checkpoint(guest))
+    record = host.state / "rebooted" / "update.json"
+    data = json.loads(record.read_text(encoding="utf-8"))
+    data["checkpoint"]["boot_id"] = "of the boot before"
+    bystander = start("bystander")
+    fields = pathlib.Path(f"/proc/{bystander.pid()}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    data["phase"] = "restoring"
+    data["new"] = {**data["old"], "pid": bystander.pid(), "start_time": int(fields[19])}
+    record.write_text(json.dumps(data), encoding="utf-8")
+    done(host.restore(guest))
+    goes_on(guest)
+    goes_on(bystander)
