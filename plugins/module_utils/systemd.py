@@ -174,15 +174,15 @@ async def let_go(name: str) -> None:
     await commands.run("systemctl", "daemon-reload", timeout=60)
 
 
-async def start(name: str, timeout: float) -> int:
-    """Start a service, if it isn't yet; its main process.
+async def restart(name: str, timeout: float) -> int:
+    """Start a service anew, so that it is what its unit file says now; its main process.
 
     :param timeout: seconds.
     :raises CprError: ``command-failed`` with what systemd said.
     """
     with contextlib.suppress(CprError):  # it may have failed too often at boot
         await commands.run("systemctl", "reset-failed", "--", name)
-    await commands.run("systemctl", "start", "--", name, timeout=timeout)
+    await commands.run("systemctl", "restart", "--", name, timeout=timeout)
     return int((await _show(name))["MainPID"])
 
 

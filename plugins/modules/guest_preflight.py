@@ -163,7 +163,7 @@ guests:
       elements: dict
     modes:
       description: >-
-        For each of V(cpr-transfer), V(cpr-exec), V(cpr-reboot) and V(precopy), but for what a rehearsal shows, the C(verdict), one of V(ready),
+        For each of V(cpr-transfer), V(cpr-exec), V(cpr-reboot) and V(precopy) the C(verdict), one of V(ready),
         V(warning) and V(blocked), and its C(reasons), each with C(severity) (V(blocker) or V(warning)),
         C(code), C(message) and C(hint).
       type: dict

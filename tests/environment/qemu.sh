@@ -38,6 +38,8 @@ unpack() {
                 --exclude='./etc' --exclude='./var' -f -
     done
     mv "$prefix.new/usr" "$prefix"
+    # Absolute in Debian's package: it would be this host's, which fits no other suite's C library.
+    ln -sf ../lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 "$prefix/lib64/ld-linux-x86-64.so.2"
     rm -rf "$prefix.new"
     # QEMU 8.1 and later look for firmware and modules in the system's /usr, unless there is
     # a "qemu-bundle" beside the binary (QEMU's util/cutils.c, get_relocated_path).

@@ -26,7 +26,7 @@ mkdir -p "$cache"
 exec 9>"$cache/lock"
 flock 9
 
-# image DIRECTORY SIZE OPTION...: the directory as a disk, written at once, so that no first boot has to.
+# image DIRECTORY ARGUMENT...: DIRECTORY.img by mke2fs with these arguments; the directory goes.
 image() {
     rm -f "$1.img"
     mke2fs -q -t ext4 -m 0 -E lazy_itable_init=0,lazy_journal_init=0 -d "$@" >/dev/null
@@ -135,8 +135,9 @@ make_shared() {
     rm -rf "$shared"
     mkdir -p "$shared/qemu" "$shared/guests"
     for suite in $suites; do
-        cp -a "$top/.cache/qemu/$suite" "$shared/qemu/"
-        rm -f "$shared/qemu/$suite"/bin/qemu-system-i386
+        # "rebuilt" comes and goes with the tests.
+        tar -c -C "$top/.cache/qemu" --exclude=qemu-system-i386 --exclude='*-rebuilt' -f - "$suite" |
+            tar -x -C "$shared/qemu" -f -
         # bookworm's is an absolute link, to the C library of whoever runs it.
         ln -sf ../lib/x86_64-linux-gnu/ld-linux-x86-64.so.2 "$shared/qemu/$suite/lib64/"
     done

@@ -21,30 +21,31 @@ import sys
 import time
 
 from tests.faults.faults import FAULTS, MATRIX, PHASES
-from tests.faults.trial import Result, run_trial
+from tests.faults.trial import MODES, Result, run_trial
 from tests.guests.guest import CACHE
 
 
 def table(results: list[Result]) -> str:
     """What was seen, a row for each fault and phase."""
     lines = [
-        "| what breaks | when | trials | the guest stood still for at most | the user was told | after the run it is on"
+        "| mode | what breaks | when | trials | the guest stood still for at most | the user was told | after the run it is on"
         " | the next run |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     order = {fault.name: number for number, fault in enumerate(FAULTS)}
-    rows: dict[tuple[int, int], list[Result]] = {}
+    rows: dict[tuple[int, int, int], list[Result]] = {}
     for result in results:
-        rows.setdefault((order[result.fault], PHASES.index(result.phase)), []).append(result)
+        key = (MODES.index(result.mode), order[result.fault], PHASES.index(result.phase))
+        rows.setdefault(key, []).append(result)
     for key in sorted(rows):
         row = [result for result in rows[key] if result.hit]
         first = rows[key][0]
         if not row:
-            lines.append(f"| {first.fault} | {first.phase} | 0 of {len(rows[key])} hit | | | | |")
+            lines.append(f"| {first.mode} | {first.fault} | {first.phase} | 0 of {len(rows[key])} hit | | | | |")
             continue
         still = max(result.still for result in row)
         cells = [
-            first.fault, first.phase, f"{len(row)}",
+            first.mode, first.fault, first.phase, f"{len(row)}",
             "down" if any(result.after == "down" for result in row) else _duration(still),
             _all(", ".join(f"`{code}`" for code in result.told) for result in row) or "nothing",
             _all(result.after for result in row),
@@ -90,7 +91,7 @@ def main() -> int:
             hit = "" if result.hit else " (not hit)"
             told = ", ".join(result.told) or "-"
             print(
-                f"{result.seed:5} {result.fault}, {result.phase}{hit}: still {_duration(result.still)}, told {told},"
+                f"{result.seed:5} {result.mode}: {result.fault}, {result.phase}{hit}: still {_duration(result.still)}, told {told},"
                 f" after {result.after or '?'}, next run {result.next_run or '?'}",
                 flush=True,
             )
@@ -105,10 +106,10 @@ def main() -> int:
     failed = [result.seed for result in results if result.problems]
     problems = [problem for result in results for problem in result.problems]
     counts = {word: sum(problem.startswith(word) for problem in problems) for word in ("lost", "doubled", "left over")}
-    cells = len({(result.fault, result.phase) for result in results if result.hit})
+    cells = len({(result.mode, result.fault, result.phase) for result in results if result.hit})
     summary = (
         f"{len(results)} trials from seed {arguments.seed} in {time.monotonic() - started:.0f} s,"
-        f" {sum(result.hit for result in results)} hit, {cells} of {len(MATRIX)} cells:"
+        f" {sum(result.hit for result in results)} hit, {cells} of {len(MODES) * len(MATRIX)} cells:"
         f" {counts['lost']} lost, {counts['doubled']} doubled, {counts['left over']} left over,"
         f" {len(failed)} failed{f' (seeds {failed})' if failed else ''}."
     )

@@ -31,6 +31,9 @@ from tests.faults.faults import MATRIX, Fault
 from tests.guests.ansible import start_live_update
 from tests.guests.guest import NEW_SUITE, OLD_SUITE, Guest, Qmp, boot_sector_guest, qemu, wait_until
 
+# cpr-exec has no second QEMU that could be broken; what becomes of it is in tests/integration/test_modes.py.
+MODES = ("cpr-transfer", "precopy", "cpr-reboot")
+
 # Seconds that a run gets with a fault, with all its deadlines one after the other.
 _RUN = 120.0
 # Seconds after its phase began in which a fault happens, at random.
@@ -99,6 +102,7 @@ class Result:
     """
 
     seed: int
+    mode: str
     fault: str
     phase: str
     hit: bool = False
@@ -138,13 +142,16 @@ class _Ticks(threading.Thread):
 def run_trial(seed: int) -> Result:
     """One trial; the seed says what breaks and when."""
     fault, phase = MATRIX[seed % len(MATRIX)]
-    result = Result(seed, fault.name, phase)
+    mode = MODES[seed % len(MODES)]
+    result = Result(seed, mode, fault.name, phase)
     chance = random.Random(seed)
     directory = pathlib.Path(tempfile.mkdtemp(prefix="faults-", dir="/dev/shm"))
     state = directory / "state"
     state.mkdir()
     more = ["-device", "qemu-xhci,id=usb", "-device", "usb-mouse,bus=usb.0,id=mouse"]
-    guest = boot_sector_guest(f"fault{seed}-{os.getpid()}", directory / "guest", more=more)
+    guest = boot_sector_guest(
+        f"fault{seed}-{os.getpid()}", directory / "guest", more=more, memory=_memory(mode, directory)
+    )
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "faults", str(state)], check=True)
     try:
         guest.start(qemu(OLD_SUITE))
@@ -158,6 +165,14 @@ def run_trial(seed: int) -> Result:
         subprocess.run(["umount", "-l", str(state)], check=True)
         shutil.rmtree(directory)
     return result
+
+
+def _memory(mode: str, directory: pathlib.Path) -> t.Sequence[str] | None:
+    """The RAM with which the collection takes this mode by itself, or that goes well with it."""
+    if mode == "precopy":
+        return None
+    kind = f"file,mem-path={directory}/ram" if mode == "cpr-reboot" else "memfd"
+    return ("-object", f"memory-backend-{kind},id=ram0,size=64M,share=on")
 
 
 def _play(scene: Scene, fault: Fault, phase: str, chance: random.Random, result: Result) -> None:
@@ -232,8 +247,9 @@ def _run(scene: Scene, result: Result) -> t.Iterator[subprocess.Popen[str]]:
     with tempfile.TemporaryFile("w+") as output:
         name, value = scene.mark.split("=")
         run = start_live_update(
-            qemu(NEW_SUITE), scene.state, [scene.guest.name], output, environment={name: value}, timeout=5
-        )
+            qemu(NEW_SUITE), scene.state, [scene.guest.name], output, environment={name: value}, timeout=5,
+            mode=result.mode,
+        )  # fmt: skip
         scene.ansible = run.pid
         try:
             yield run

@@ -67,12 +67,14 @@ def _playbook(
     return [f"vmfleet.cpr.{playbook}", "-e", json.dumps(extra)]
 
 
-def module(name: str, arguments: dict[str, t.Any], *words: str) -> dict[str, t.Any]:
+def module(name: str, arguments: dict[str, t.Any], *words: str, python: str = HYPERVISOR_PYTHON) -> dict[str, t.Any]:
     """Run one module of the collection on this machine; what it returns.
 
     :param words: further arguments of ``ansible``.
+    :param python: the Python that it runs on.
     """
-    answer = _run("ansible", "localhost", "-m", f"vmfleet.cpr.{name}", "-a", json.dumps(arguments), *words)
+    words = ("localhost", "-m", f"vmfleet.cpr.{name}", "-a", json.dumps(arguments), *words)
+    answer = _run("ansible", *words, python=python)
     dummy, brace, text = answer.stdout.partition("=> {")
     if not brace:
         raise RuntimeError(answer.stdout + answer.stderr)

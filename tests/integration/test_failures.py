@@ -134,14 +134,14 @@ def test_a_switch_that_fails_unexpectedly_still_brings_the_guest_back(start, hos
     old = guest.pid()
     host.until("setup", guest)
 
-    real = switch._until_completed
+    real = switch._Takeover.take_over
 
-    async def surprise(*arguments):
-        await real(*arguments)
+    async def surprise(takeover):
+        await real(takeover)
         # Both ends are through, and nobody has committed: the worst moment.
         raise RuntimeError("a mistake in the program")
 
-    monkeypatch.setattr(switch, "_until_completed", surprise)
+    monkeypatch.setattr(switch._Takeover, "take_over", surprise)
     with pytest.raises(RuntimeError):
         host.resume(guest)
     monkeypatch.undo()

@@ -170,8 +170,12 @@ def test_a_difference_that_is_accepted_passes_and_is_reported(start, host):
     [
         ({}, {"capabilities": {"zero-blocks": True}}, "capability-missing"),
         ({"machine": "pc-q35-3.1"}, {}, "machine-type-missing"),
-        ({"suite": NEW_SUITE, "machine": "pc-q35-10.0"}, {"qemu_binary": qemu(OLD_SUITE)}, "older-qemu"),
-        ({"memory": ()}, {}, "memory-not-shared"),
+        (
+            {"suite": NEW_SUITE, "machine": "pc-q35-10.0"},
+            {"qemu_binary": qemu(OLD_SUITE), "adopt": False},
+            "older-qemu",
+        ),
+        ({"memory": ()}, {"adopt": False}, "memory-not-shared"),
     ],
     ids=["a capability on one end only", "a removed machine type", "an older QEMU", "RAM that is not shared"],
 )

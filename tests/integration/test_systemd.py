@@ -12,7 +12,7 @@ import signal
 
 import pytest
 
-from tests.guests.ansible import live_update
+from tests.guests.ansible import live_update, module
 from tests.guests.guest import NEW_SUITE, boot_sector_guest, qemu, wait_until
 from tests.guests.machine import Machine
 
@@ -44,14 +44,14 @@ def fixture_machine(tmp_path_factory):
         machine.stop()
 
 
-def started(machine, name, text):
+def started(machine, name, text, binary=None):
     """A guest in a unit of its own."""
     guest = boot_sector_guest(name, machine.shared / name, machine="pc-q35-10.0", accelerator="tcg")
     (guest.directory / "notifying").write_text(NOTIFYING)
     for path in (guest.directory, guest.directory / "disk.img"):
         os.chown(path, 65534, 65534)
     # The QEMU of bookworm-backports does not run in a machine of another Debian.
-    text = text.format(start=shlex.join([qemu("trixie"), *guest.words]), dir=guest.directory)
+    text = text.format(start=shlex.join([binary or qemu("trixie"), *guest.words]), dir=guest.directory)
     unit = f"[Service]\nRestart=always\nRestartSec=1\n{text}\n"
     path = pathlib.Path(f"/proc/{machine.leader}/root/run/systemd/system/{name}.service")
     path.write_text(unit)
@@ -130,3 +130,43 @@ def test_an_update_that_is_undone_leaves_the_unit_alone(machine):
     guest.wait_for_ticks()
     guest.check_continuity()
     machine.run("systemctl", "stop", "undone.service")
+
+
+def test_a_unit_keeps_its_main_process_where_that_becomes_the_new_qemu(machine, rebuilt_qemu):
+    guest = started(machine, "same", UNITS["exec-as-nobody"], qemu(NEW_SUITE))
+    before = machine.show("same")
+    run = live_update(rebuilt_qemu, machine.shared / "state", ["same"], python=machine.python(), mode="cpr-exec")
+    assert run.returncode == 0, run.stdout + run.stderr
+    after = machine.show("same")
+    for key in ("ActiveState", "MainPID", "NRestarts", "ActiveEnterTimestamp", "NotifyAccess"):
+        assert after[key] == before[key]
+    assert os.readlink(f"/proc/{guest.pid()}/exe") == rebuilt_qemu
+    guest.wait_for_ticks()
+    guest.check_continuity()
+    machine.run("systemctl", "stop", "same.service")
+    wait_until(lambda: not guest.pids(), "it is gone")
+
+
+@pytest.mark.parametrize("kind", ["exec-as-nobody", "forking"])
+def test_a_unit_with_a_checkpoint_starts_a_qemu_that_waits(machine, kind):
+    """Whoever starts it, as the host's next boot does: the guest must not boot from its disk."""
+    name = f"held-{kind}"
+    guest = started(machine, name, UNITS[kind])
+    arguments = {"guests": [name], "state_directory": str(machine.shared / "checkpoints")}
+    answer = module("guest_checkpoint", arguments, python=machine.python())
+    assert answer["changed"], answer
+    before = guest.ticks()
+    machine.run("systemctl", "restart", f"{name}.service")  # Restart=always has done so too, maybe
+    wait_until(guest.monitor.exists, "the QEMU that waits has its monitor")
+    assert guest.status() == "inmigrate"
+    machine.run("systemctl", "stop", f"{name}.service")
+    answer = module("guest_restore", arguments, python=machine.python())
+    assert answer["guests"][0]["phase"] == "restored", answer
+    guest.wait_for_ticks()
+    guest.check_continuity()
+    assert guest.ticks()[: len(before)] == before
+    after = machine.show(name)
+    assert after["ActiveState"] == "active" and machine.process(int(after["MainPID"])) == guest.pid()
+    assert "90-vmfleet-cpr-held" not in machine.run("systemctl", "cat", f"{name}.service")
+    machine.run("systemctl", "stop", f"{name}.service")
+    wait_until(lambda: not guest.pids(), "it is gone")

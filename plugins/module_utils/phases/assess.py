@@ -55,6 +55,8 @@ async def assess_all(task: Task) -> list[Outcome]:
                         warnings.append(item)
                     else:
                         choice = [*choice, item] if isinstance(choice, list) else [item]
+                        for found in blockers.values():
+                            found.append(item)
             return _outcome(name, inspection, probe.binary, blockers, choice, warnings)
 
         return await task.for_each(names, "preflight", one)
@@ -67,7 +69,7 @@ def _is_up_to_date(inspection: preflight.Inspection, binary: Binary) -> bool:
 async def _of_each_mode(
     inspection: preflight.Inspection, probe: qemu_binary.Probe, wishes: handshake.Wishes
 ) -> dict[str, list[CprError]]:
-    """What stands in the way of each mode, but for what a rehearsal shows."""
+    """What stands in the way of each mode."""
     found = {}
     for mode in modes.MODES:
         found[mode] = [*inspection.blockers_for(probe.binary, mode), *await inspection.unknown_to(probe, mode)]
@@ -95,7 +97,7 @@ def _outcome(
 ) -> Outcome:
     """Both sides of the judgement.
 
-    :param of_each: what stands in the way of each mode.
+    :param of_each: what stands in the way of each mode, a rehearsal counted for all.
     :param choice: the mode that the guest would take, or what stands in the way of that.
     :param warnings: what does not, and should be known.
     """

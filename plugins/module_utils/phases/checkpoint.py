@@ -79,6 +79,12 @@ async def checkpoint_all(task: Task) -> list[Outcome]:
                 ended = await _finish_or_undo(earlier, selected[name])
                 if ended:
                     return ended
+            elif earlier.is_under_way:
+                raise CprError(
+                    "update-under-way",
+                    f"What an earlier run began with this guest is not finished ({earlier.phase}).",
+                    "Run vmfleet.cpr.live_update, or vmfleet.cpr.guest_restore, once more first.",
+                )
             return await judge(name)
 
     async def judge(name: str) -> Outcome:

@@ -65,6 +65,8 @@ async def switch(update: journal.Update, ends: Ends, limits: Limits) -> None:
                 if reach.has_become(update):
                     raise _lost(update, ends.new_watch) from error
                 mark.set(False)
+                if ends.old_watch.ended.is_set():
+                    raise await rollback.give_up(update, ends.old_watch) from error
                 await rollback.bring_back(update, ends.old, ends.new_watch)
                 error.message += " The guest is back on the old QEMU, as before."
                 raise

@@ -122,6 +122,12 @@ async def _launch_all(task: Task, probe: qemu_binary.Probe) -> list[Outcome]:
             return await judge(name, earlier)
 
     async def judge(name: str, earlier: journal.Update | None) -> Outcome:
+        if earlier and earlier.phase in journal.OF_A_CHECKPOINT:
+            raise CprError(
+                "update-under-way",
+                f"There is a checkpoint of the guest in {earlier.directory} ({earlier.phase}).",
+                "Finish that with vmfleet.cpr.guest_restore.",
+            )
         news = _news(earlier, task.run)
         unfinished = earlier is not None and earlier.is_under_way
         if unfinished and task.check_mode:

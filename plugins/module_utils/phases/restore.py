@@ -155,27 +155,35 @@ async def _take_up(update: journal.Update, running: t.Sequence[process.QemuProce
             f"Was it started anew? Then its checkpoint is out of date: remove {update.directory}.",
         )
     if update.phase == journal.CHECKPOINTING:
+        await _release_unit(update)
         raise CprError(
             "checkpoint-incomplete",
             "The host or the guest's QEMU ended while the guest's state was being written: the guest is down.",
-            f"Start the guest anew; its disks are as after a power cut. Then remove {update.directory}.",
+            f"Remove {update.directory}, then (re)start the guest anew; its disks are as after a power cut.",
         )
     if new is None:
         return None
     with Watch(new.identity) as watch:
         if update.phase == journal.RESUMING:
             if watch.ended.is_set():
+                await _release_unit(update)
                 raise CprError(
                     "state-unclear",
                     f"The guest was told to go on in process {new.pid}, which is gone: it may have run, and its checkpoint"
                     " is out of date then.",
-                    f"Nothing was done. Start the guest anew; then remove {update.directory}.",
+                    f"Nothing was done. Remove {update.directory}, then (re)start the guest anew.",
                 )
             async with await reach.new_qemu(update, watch, timeout) as monitor:
                 await _resume(update, monitor, watch)
                 return await _finish(update, monitor, time.monotonic())
         await watch.kill()
     return None
+
+
+async def _release_unit(update: journal.Update) -> None:
+    """Let the service start the guest anew: nothing of its state is of use any more."""
+    if update.unit:
+        await systemd.let_go(update.unit)
 
 
 async def _still_in_its_qemu(update: journal.Update, old: journal.Qemu) -> Outcome | None:
@@ -231,7 +239,7 @@ async def _start(update: journal.Update, timeout: float) -> None:
     if update.unit:
         if new.executable != t.cast(journal.Qemu, update.old).executable:
             await systemd.hold_back(update.unit, new.executable, arguments)
-        new.pid = await systemd.start(update.unit, timeout)
+        new.pid = await systemd.restart(update.unit, timeout)
         identity = process.identify(new.pid)
         new.start_time = identity.start_time if identity else 0
         update.enter(journal.RESTORING)
@@ -330,8 +338,9 @@ async def _finish(update: journal.Update, monitor: Monitor, started: float) -> O
     for tap in update.taps:
         with contextlib.suppress(CprError, OSError):
             if not tap.persistent:
-                numbers = {name: number for number, name in network.open_taps(new.pid).items()}
-                descriptors.let_tap_go(new.pid, numbers[tap.name])
+                for number, name in network.open_taps(new.pid).items():
+                    if name == tap.name:
+                        descriptors.let_tap_go(new.pid, number)
     await verify.verify(update, monitor)
     await retire.restore_ports(update, monitor)
     await setup.put_back(monitor, update.restore)

@@ -105,11 +105,14 @@ async def resume(
             limits = switch.Limits(timeout, copy_timeout, pause_limit)
             await (cpr_exec if in_place else switch).switch(update, ends, limits)
             update.took("switch", started)
-        async with quiet.work():
             if update.mode == PRECOPY:
+                # The next copy may take minutes, and the memory of this guest's first RAM: it ends before.
                 with contextlib.suppress(CprError):  # it is told for information only
                     update.note_copy(await ends.old.execute("query-migrate"))
-            await retire.retire(update, ends.new, None if in_place else ends.old)
+                await retire.retire(update, ends.new, ends.old)
+        if update.mode != PRECOPY:
+            async with quiet.work():
+                await retire.retire(update, ends.new, None if in_place else ends.old)
     return Outcome(update.guest, True, str(update.message), update)
 
 
