@@ -3,7 +3,7 @@
 SUITES = bookworm bookworm-backports trixie trixie-backports
 PYTHON = .venv/bin/python
 
-.PHONY: help demo test env qemu guests machine lint unit sanity integration faults benchmark changelog clean
+.PHONY: help demo test env qemu guests machine virtual-machine lint unit sanity integration faults benchmark changelog clean
 
 help:
 	@echo "make demo         three real guests move to a new QEMU while they run"
@@ -14,6 +14,7 @@ help:
 	@echo "make qemu         .cache/qemu/SUITE/bin/qemu-system-x86_64: $(SUITES)"
 	@echo "make guests       .cache/guests: the guests of demo and tests"
 	@echo "make machine      .cache/machine: a machine with systemd, for tests"
+	@echo "make virtual-machine    .cache/virtual-machine: one with a KVM of its own, which can be rebooted"
 
 env:
 	@tests/environment/python.sh
@@ -26,6 +27,9 @@ guests:
 
 machine:
 	@tests/environment/machine.sh
+
+virtual-machine: qemu guests machine
+	@tests/environment/virtual_machine.sh
 
 demo: env qemu guests
 	@$(PYTHON) -m tests.demo
@@ -41,7 +45,7 @@ unit: env qemu
 sanity: env
 	@tests/environment/sanity.sh
 
-integration: env qemu guests machine
+integration: env qemu guests machine virtual-machine
 	$(PYTHON) -m pytest tests/integration
 
 # A few minutes' part of it; TRIALS=500 is the whole.
@@ -52,6 +56,7 @@ faults: env qemu guests
 
 benchmark: env qemu guests
 	$(PYTHON) -m tests.benchmarks.live_update
+	$(PYTHON) -m tests.benchmarks.modes
 	$(PYTHON) -m tests.benchmarks.network
 	$(PYTHON) -m tests.benchmarks.handshake
 

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import subprocess
+import tempfile
 import sys
 import typing as t
 
@@ -92,3 +93,19 @@ def _run(program: str, *words: str, python: str = HYPERVISOR_PYTHON) -> subproce
 def _command(program: str, *words: str, python: str = HYPERVISOR_PYTHON) -> list[str]:
     interpreter = f"ansible_python_interpreter={python}"
     return [str(TOP / ".venv" / "bin" / program), *words, "-i", "localhost,", "-c", "local", "-e", interpreter]
+
+
+def playbook(name: str, inventory: dict[str, t.Any], variables: dict[str, t.Any]) -> subprocess.CompletedProcess[str]:
+    """Run a playbook of the collection on other hosts.
+
+    :param inventory: the variables of each host, by its name.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as stream:
+        json.dump({"all": {"hosts": inventory}}, stream)
+        stream.flush()
+        words = [str(TOP / ".venv" / "bin" / "ansible-playbook"), f"vmfleet.cpr.{name}", "-i", stream.name]
+        return subprocess.run(
+            [*words, "-e", json.dumps(variables)],
+            check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=TOP, timeout=900,
+            env=_ENVIRONMENT,
+        )  # fmt: skip

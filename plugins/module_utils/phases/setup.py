@@ -47,14 +47,15 @@ async def set_up(update: journal.Update, *, timeout: float, accept_differences: 
         async with await reach.old_qemu(update, old_watch, timeout) as old_monitor:
             await _set_parameters("old", old_monitor, update)
             await _compare_capabilities("old", old_monitor, update)
-            before = view.read(old_monitor, old.pid)
             differences: dict[str, list[str]] = {}
             if update.mode == CPR_EXEC:
-                machine = await before  # the rehearsal was compared with it
+                machine = await view.read(old_monitor, old.pid)  # the rehearsal was compared with it
             else:
                 async with await reach.new_qemu(update, new_watch, timeout) as new_monitor:
                     await _set_up_new(new_monitor, update)
-                    machine, after = await asyncio.gather(before, view.read(new_monitor, new.pid))
+                    machine, after = await asyncio.gather(
+                        view.read(old_monitor, old.pid), view.read(new_monitor, new.pid)
+                    )
                     await _place_threads(old_monitor, new_monitor)
                 differences = machine_view.differences(machine, after)
             for code, sentences in differences.items():

@@ -1,0 +1,93 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A hypervisor that is rebooted under its guests: a virtual machine with a KVM of its own."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from tests.guests.ansible import playbook
+from tests.guests.guest import NEW_SUITE, boot_sector_guest, linux_guest, qemu, wait_until
+from tests.guests.virtual_machine import VirtualMachine
+
+PLACE = "/var/lib/guests"
+UNIT = "[Service]\nExecStart={start}\n[Install]\nWantedBy=multi-user.target\n"
+
+
+@pytest.fixture(name="hypervisor")
+def fixture_hypervisor(tmp_path):
+    machine = VirtualMachine("hypervisor", tmp_path / "hypervisor")
+    try:
+        yield machine.start()
+    finally:
+        machine.kill()
+
+
+class Remote:
+    """A guest on that machine."""
+
+    def __init__(self, machine, guest, directory):
+        self.machine = machine
+        self.name = guest.name
+        self.directory = f"{PLACE}/{guest.name}"
+        machine.run("mkdir", "-p", PLACE)
+        machine.copy(directory, PLACE)
+        self.words = [word.replace(str(directory), self.directory) for word in guest.words]
+
+    def lines(self):
+        """What it has said, whole lines only."""
+        text = self.machine.run("cat", f"{self.directory}/console.log", check=False)
+        return [line.strip("\r") for line in text.split("\n")[:-1]]
+
+    def counts(self, more=5):
+        """Wait until it has counted so much further."""
+        before = len(self.lines())
+        wait_until(lambda: len(self.lines()) >= before + more, f"{self.name} counts on", patience=240)
+
+    def pids(self):
+        """Its QEMUs."""
+        return self.machine.run("pgrep", "-f", f"guest={self.name},", check=False).split()
+
+
+def test_guests_keep_their_boot_ids_over_the_reboot_of_their_host(hypervisor, tmp_path):
+    """One is a service that is started at boot, one was started by hand."""
+    linux = linux_guest("penguin", tmp_path / "penguin")
+    linux.words = [word.replace("accel=tcg", "accel=kvm") for word in linux.words]
+    linux.words[linux.words.index("qemu64")] = "host"
+    sector = boot_sector_guest("counter", tmp_path / "counter", accelerator="kvm", memory=None)
+    penguin, counter = (Remote(hypervisor, guest, tmp_path / guest.name) for guest in (linux, sector))
+    binary = qemu(NEW_SUITE)
+    unit = tmp_path / "penguin.service"
+    unit.write_text(UNIT.format(start=shlex.join([binary, *penguin.words])), encoding="utf-8")
+    hypervisor.copy(unit, "/etc/systemd/system/")
+    hypervisor.run("systemctl", "daemon-reload")
+    hypervisor.run("systemctl", "enable", "--now", "penguin.service")
+    started = shlex.join([binary, *counter.words])
+    hypervisor.run("sh", "-c", f"cd {counter.directory}; setsid {started} >/dev/null 2>log </dev/null &")
+    for guest in (penguin, counter):
+        guest.counts()
+    before = {guest.name: len(guest.lines()) for guest in (penguin, counter)}
+    boot_id = hypervisor.boot_id()
+
+    run = playbook("host_reboot", {"hypervisor": hypervisor.inventory()}, {})
+    assert run.returncode == 0, run.stdout
+    print(run.stdout)
+
+    assert hypervisor.boot_id() != boot_id
+    for guest in (penguin, counter):
+        guest.counts()
+        assert len(guest.pids()) == 1
+    ticks = [line.split() for line in penguin.lines() if line.startswith("tick ") and line.count(" ") == 2]
+    assert len({words[2] for words in ticks}) == 1  # the guest's own boot id
+    numbers = [int(words[1]) for words in ticks]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) > before["penguin"]
+    lines = counter.lines()
+    numbers = [int(line, 16) for line in lines if line not in ("", "boot")]
+    assert lines.count("boot") == 1
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) > before["counter"]
+    unit = hypervisor.run("systemctl", "cat", "penguin.service")
+    assert "held" not in unit
+    assert hypervisor.run("systemctl", "show", "-P", "MainPID", "penguin.service").split() == penguin.pids()
