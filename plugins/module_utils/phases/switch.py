@@ -24,6 +24,8 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 
 # Seconds between two looks at how far a copy is.
 _COPY_POLL = 1.0
+# Milliseconds; some 20 MiB can be copied in them.
+_FIRST_DOWNTIME = 10
 # Seconds in which the end of a QEMU follows the end of its connection.
 _LAST_BREATH = 0.1
 
@@ -116,6 +118,7 @@ class _Takeover:
         self._overdue = asyncio.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
+        self._downtime: _Downtime | None = None
 
     async def take_over(self) -> None:
         """Start what the mode needs, and wait until the new QEMU has all of the guest.
@@ -132,6 +135,9 @@ class _Takeover:
         if update.mode == PRECOPY:
             address = {"uri": f"unix:{update.main_socket}"}  # before QEMU 8.2 there are no channels
             await listen(new, address)
+            limit = (await old.execute("query-migrate-parameters"))["downtime-limit"]
+            self._downtime = _Downtime(limit)
+            await old.execute("migrate-set-parameters", self._downtime.next())
             await old.execute("migrate", address)
         else:
             # It ends the CPR channel, which the old QEMU takes for the word to go on.
@@ -195,6 +201,8 @@ class _Takeover:
             if self.stop is None:
                 with contextlib.suppress(CprError):  # the alarms know better what has happened
                     self._update.note_copy(await self._ends.old.execute("query-migrate"))
+                    if self._downtime and self._update.copied.get("passes", 0) > 1:
+                        await self._ends.old.execute("migrate-set-parameters", self._downtime.next())
 
     async def _completed(self, whose: str) -> None:
         monitor, events, watch = self._sides[whose]
@@ -241,6 +249,26 @@ class _Takeover:
         return CprError(
             "pause-limit", f"The new QEMU did not take the guest over within {limits.pause:g} s from its stop.", hint
         )
+
+
+class _Downtime:
+    """How long a pause QEMU may aim at, in milliseconds: short at first, and longer where that does not do.
+
+    It stops the guest as soon as what is left takes no longer, which with its default of 300 ms is long
+    before there is little left.
+
+    :param limit: the longest.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._next = _FIRST_DOWNTIME
+
+    def next(self) -> dict[str, int]:
+        """The arguments of ``migrate-set-parameters`` for the next try."""
+        present = min(self._next, self._limit)
+        self._next *= 2
+        return {"downtime-limit": present}
 
 
 def _main_channel(update: journal.Update) -> dict[str, t.Any]:

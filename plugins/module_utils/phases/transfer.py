@@ -13,7 +13,7 @@ import time
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import handshake, journal, modes
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
-from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_TRANSFER
+from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_TRANSFER, PRECOPY
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, setup
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
@@ -68,9 +68,12 @@ async def prepare_old(monitor: Monitor, update: journal.Update, phase: str = jou
     wanted: dict[str, object] = {"mode": modes.qemu_name(update.mode)} if "mode" in parameters else {}  # since QEMU 8.2
     if update.exec_command:
         wanted["cpr-exec-command"] = update.exec_command
+    kept = [*wanted, *update.parameters]
+    if update.mode == PRECOPY:
+        kept.append("downtime-limit")  # which the copy begins below
     update.restore = {
         "capabilities": handshake.capabilities_to_restore(current, capabilities),
-        "parameters": {name: parameters[name] for name in (*wanted, *update.parameters) if name in parameters},
+        "parameters": {name: parameters[name] for name in kept if name in parameters},
     }
     update.enter(phase)
     await setup.set_capabilities("old", monitor, capabilities)
