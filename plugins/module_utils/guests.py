@@ -12,7 +12,13 @@ import typing as t
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import command_line, new_command_line
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
-from ansible_collections.vmfleet.cpr.plugins.module_utils.journal import COMMITTED, Journal, Update
+from ansible_collections.vmfleet.cpr.plugins.module_utils.journal import (
+    COMMITTED,
+    OF_A_CHECKPOINT,
+    RESTORED,
+    Journal,
+    Update,
+)
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import QemuProcess
 
@@ -46,7 +52,9 @@ def by_name(processes: t.Iterable[QemuProcess], journal: Journal) -> dict[str | 
 
 def _idle(update: Update | None) -> t.Any:
     """The process of an update that does not run the guest."""
-    if update is None:
+    if update is None or update.phase in (*OF_A_CHECKPOINT, RESTORED):
+        return None  # only one process has it
+    if update.old and update.new and update.old.identity == update.new.identity:
         return None
     qemu = update.old if update.phase in COMMITTED else update.new
     return qemu.identity if qemu else None

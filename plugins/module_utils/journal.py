@@ -49,6 +49,9 @@ OF_A_CHECKPOINT = (CHECKPOINTING, CHECKPOINTED, RESTORING, RESUMING)
 COMMITTED = (SWITCHED, FINISHED)
 ENDED = (None, FINISHED, ROLLED_BACK, CHECKPOINTED, RESTORED)
 
+# Of the tasks of this host, by guest.
+_LOCKS = "/run/lock/vmfleet-cpr"
+
 # Seconds without a step after which a run that can't be asked is taken for dead.
 SILENCE = 600.0
 
@@ -89,6 +92,7 @@ class Update:
     :ivar heartbeat: how the guest is checked after the switch: ``agent`` if one answered before,
         ``command`` of the user's, ``timeout`` in seconds for each.
     :ivar restore: capabilities and parameters of the old QEMU as they were, to put back.
+    :ivar executable_id: with ``cpr-exec`` device and inode of the new QEMU's binary.
     :ivar exec_command: with ``cpr-exec`` what the process becomes.
     :ivar permissions: with ``cpr-exec`` path, owner, group and mode of what the new QEMU binds anew.
     :ivar checkpoint: of a guest whose state is in a file what restoring it takes: see `phases.checkpoint`.
@@ -121,6 +125,7 @@ class Update:
     agreement: dict[str, t.Any] | None = None
     heartbeat: dict[str, t.Any] = field(default_factory=dict)
     restore: dict[str, t.Any] = field(default_factory=dict)
+    executable_id: list[int] = field(default_factory=list)
     exec_command: list[str] = field(default_factory=list)
     permissions: list[tuple[str, int, int, int]] = field(default_factory=list)
     checkpoint: dict[str, t.Any] = field(default_factory=dict)
@@ -370,24 +375,39 @@ class Journal:
         :raises CprError: ``guest-locked`` with who holds it and since when.
         """
         directory = self.create(guest).directory
-        try:
-            stream = open(os.path.join(directory, "lock"), "a+", encoding="utf-8", opener=_private)
-        except OSError as error:
-            raise _unwritable(directory, error) from error
-        with stream:
+        common = os.path.join(_LOCKS, os.path.basename(directory))
+        with contextlib.ExitStack() as stack:
+            # Whatever the directory of the records: a checkpoint and an update keep theirs in different ones.
+            with contextlib.suppress(PermissionError, FileNotFoundError):
+                os.makedirs(_LOCKS, mode=0o700, exist_ok=True)
+                stack.enter_context(_locked(common))
             try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                stream.seek(0)
-                raise CprError(
-                    "guest-locked",
-                    f"Another task works on this guest: {stream.read().strip() or 'its process is not known'}.",
-                    "Wait for it to end, then run again.",
-                ) from None
-            stream.truncate(0)
-            stream.write(f"process {os.getpid()} since {local_time(time.time())}")
-            stream.flush()
+                stack.enter_context(_locked(os.path.join(directory, "lock")))
+            except OSError as error:
+                raise _unwritable(directory, error) from error
             yield
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> t.Iterator[None]:
+    """Hold a lock, and say in its file who does.
+
+    :raises CprError: ``guest-locked``.
+    """
+    with open(path, "a+", encoding="utf-8", opener=_private) as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.seek(0)
+            raise CprError(
+                "guest-locked",
+                f"Another task works on this guest: {stream.read().strip() or 'its process is not known'}.",
+                "Wait for it to end, then run again.",
+            ) from None
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} since {local_time(time.time())}")
+        stream.flush()
+        yield
 
 
 def local_time(seconds: float) -> str:

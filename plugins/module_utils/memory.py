@@ -13,6 +13,7 @@ Pure functions. Private to the collection.
 from __future__ import annotations
 
 import json
+import mmap
 import typing as t
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ _KEPT = (
     "id", "size", "host-nodes", "policy", "prealloc", "prealloc-threads", "merge", "dump",
     "x-use-canonical-path-for-ramblock-id",
 )  # fmt: skip
-ORDINARY_PAGE = 4096
+ORDINARY_PAGE = mmap.PAGESIZE
 
 
 @dataclass(frozen=True)

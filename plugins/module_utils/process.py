@@ -249,8 +249,9 @@ class Watch:
         self.identity = identity
         self.ended: asyncio.Event = asyncio.Event()
         self._descriptor: int | None = None
-        with contextlib.suppress(ProcessLookupError):
-            self._descriptor = os.pidfd_open(identity.pid)
+        if identity.pid > 0:
+            with contextlib.suppress(ProcessLookupError):
+                self._descriptor = os.pidfd_open(identity.pid)
         if self._descriptor is None or not identity.is_alive():
             self.close()
             self.ended.set()

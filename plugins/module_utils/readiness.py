@@ -12,14 +12,26 @@ import typing as t
 from dataclasses import dataclass, field
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import new_command_line
-from ansible_collections.vmfleet.cpr.plugins.module_utils.command_line import Option, read_properties
+from ansible_collections.vmfleet.cpr.plugins.module_utils.command_line import Option, Properties, read_properties
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.memory import Block
 from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_EXEC, CPR_TRANSFER, PRECOPY
 from ansible_collections.vmfleet.cpr.plugins.module_utils.offer import Binary, Offer
 
+# Seen with bare migrations from 7.2, without this collection; not from 10.0 and 11.1: see docs/modes.md.
+TCG_PRECOPY = "tcg-precopy"
+_TCG_COPIES = (10, 0, 0)
 # The first whose monitor tells all that is asked here (x-query-usb).
 _OLDEST = (6, 2, 0)
+# Of what a rehearsal replaces the kinds that every build of QEMU has.
+_REHEARSED = {
+    "display": ("none",),
+    "audiodev": ("none",),
+    "chardev": ("socket", "file", "null", "stdio", "ringbuf"),
+    "netdev": ("user", "hubport"),
+    "nic": ("user", "none"),
+    "net": ("user", "none", "nic"),
+}
 # These go to the same or a later version only.
 _FORWARD_ONLY = (CPR_TRANSFER, CPR_EXEC)
 
@@ -91,6 +103,16 @@ def blockers(observation: Observation, mode: str) -> list[CprError]:
             )
         )
     elif mode == PRECOPY:
+        if not observation.kvm and observation.offer.version < _TCG_COPIES:
+            found.append(
+                CprError(
+                    TCG_PRECOPY,
+                    f"The guest does not run under KVM, and QEMU {observation.offer.version_text} may lose some of what a busy"
+                    " guest under TCG writes while its RAM is copied.",
+                    "Restart the guest instead. One that hardly writes may do: live_update_accept_differences with"
+                    f" {TCG_PRECOPY} goes on at your risk.",
+                )
+            )
         if observation.offer.version < _OLDEST:
             found.append(
                 CprError(
@@ -272,11 +294,25 @@ def exec_blockers(options: t.Sequence[Option], kept: t.Mapping[int, str], *, mov
                 "exec-keeps-descriptors", f"The guest's QEMU would take along what is open ({', '.join(lines)})"
             )
         )
+    unknown = sorted({option.flag for option in options if not _is_rehearsed(option)})
+    if unknown:
+        found.append(
+            _exec_refused(
+                "exec-not-rehearsed", f"The guest has {', '.join(unknown)} of a kind that a rehearsal leaves out"
+            )
+        )
     if moved:
         found.append(
             _exec_refused("exec-relative-paths", "The guest's QEMU has left the directory that its paths start from")
         )
     return found
+
+
+def _is_rehearsed(option: Option) -> bool:
+    """Whether a new QEMU that was rehearsed has what an option needs: `rehearsal` replaces the ends of lines."""
+    given = read_properties(option) if option.value else Properties([])
+    kind = given.implied or given.get("type") or given.get("driver") or given.get("backend") or ""
+    return option.name != "spice" and kind in _REHEARSED.get(option.name, (kind,))
 
 
 def _exec_refused(code: str, why: str) -> CprError:

@@ -51,6 +51,7 @@ def mode_argument_spec() -> dict[str, t.Any]:
     return {
         "mode": {"type": "str", "choices": [AUTO, *MODES], "default": AUTO},
         "adopt": {"type": "bool", "default": True},
+        "accept_differences": {"type": "list", "elements": "str", "default": []},
     }
 
 

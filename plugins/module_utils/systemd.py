@@ -148,7 +148,7 @@ async def hold_back(name: str, binary: str, arguments: t.Iterable[str]) -> None:
 
     :raises CprError: ``systemd-unit`` where the drop-in can't be written.
     """
-    path = _held(name)
+    path = held(name)
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, 0o600)) as stream:
@@ -158,6 +158,9 @@ async def hold_back(name: str, binary: str, arguments: t.Iterable[str]) -> None:
     except OSError as error:
         raise _refused(name, f"{path} can't be written: {error.strerror}") from error
     await commands.run("systemctl", "daemon-reload", timeout=60)
+    starts = await commands.run("systemctl", "show", "--property=ExecStart", "--", name)
+    if starts.count("ExecStart=") != 1 or f"path={binary} " not in starts or "-incoming defer" not in starts:
+        raise _refused(name, f"systemd does not start what {path} says; does another drop-in set ExecStart=?")
 
 
 async def let_go(name: str) -> None:
@@ -166,11 +169,11 @@ async def let_go(name: str) -> None:
     :raises CprError: ``command-failed``.
     """
     try:
-        os.unlink(_held(name))
+        os.unlink(held(name))
     except FileNotFoundError:
         return
     with contextlib.suppress(OSError):
-        os.rmdir(os.path.dirname(_held(name)))
+        os.rmdir(os.path.dirname(held(name)))
     await commands.run("systemctl", "daemon-reload", timeout=60)
 
 
@@ -186,8 +189,9 @@ async def restart(name: str, timeout: float) -> int:
     return int((await _show(name))["MainPID"])
 
 
-def _held(name: str) -> str:
-    return os.path.join("/etc/systemd/system", f"{name}.d", "90-vmfleet-cpr-held.conf")
+def held(name: str) -> str:
+    """The drop-in of `hold_back`; its name comes after those of others, whose ExecStart= would win else."""
+    return os.path.join("/etc/systemd/system", f"{name}.d", "zzz-vmfleet-cpr-held.conf")
 
 
 def _quoted(word: str) -> str:

@@ -65,6 +65,13 @@ options:
       - Whether V(auto) may copy the RAM of guests that could not go otherwise.
     type: bool
     default: true
+  accept_differences:
+    description:
+      - V(tcg-precopy) lets the RAM of guests that do not run under KVM be copied by a QEMU before 10.0, at your
+        risk. QEMU 7.2 loses some of what such guests write meanwhile. The other codes are for M(vmfleet.cpr.migration_setup).
+    type: list
+    elements: str
+    default: []
   capabilities:
     description:
       - Migration capabilities that the update is to use, as in M(vmfleet.cpr.dest_launch).

@@ -2,6 +2,7 @@
 # Makes the test guests in .cache/guests:
 #
 #     boot_sector.img     a disk whose boot sector is the whole guest (tests/guests/boot_sector.S)
+#     busy_sector.img     the same, and it changes its memory all the time
 #     echo_sector.img     another, which answers pings (tests/guests/echo_sector.S)
 #     vmlinuz, initrd     Debian's cloud kernel with a busybox that runs tests/guests/init
 #
@@ -17,10 +18,10 @@ mkdir -p "$cache"
 exec 9>"$cache/lock"
 flock 9
 
-for name in boot_sector echo_sector; do
+for name in boot_sector busy_sector echo_sector; do
     if [ ! "$cache/$name.img" -nt "$sources/$name.S" ]; then
         need as binutils
-        as --32 -o "$cache/$name.o" "$sources/$name.S"
+        as --32 -I "$sources" -o "$cache/$name.o" "$sources/$name.S"
         ld -m elf_i386 -Ttext 0x7c00 --oformat binary -o "$cache/$name.img" "$cache/$name.o"
         truncate -s 1M "$cache/$name.img" # the BIOS does not read a disk of one sector
     fi

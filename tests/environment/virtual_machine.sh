@@ -12,7 +12,7 @@ set -eu
 
 top=$(cd "$(dirname "$0")/../.." && pwd)
 cache=$top/.cache/virtual-machine
-suites="bookworm-backports trixie-backports"
+suites="bookworm bookworm-backports trixie-backports"
 . "$top/tests/environment/apt.sh"
 
 need mke2fs e2fsprogs

@@ -242,15 +242,17 @@ def boot_sector_guest(
     monitor: t.Sequence[str] = ("-qmp", "unix:{dir}/qmp.sock,server=on,wait=off"),
     console: t.Sequence[str] = ("-chardev", "file,id=console,path={dir}/console.log", "-serial", "chardev:console"),
     more: t.Sequence[str] = (),
+    busy: bool = False,
 ) -> BootSectorGuest:
     """A guest that is ready for a live update, unless told otherwise.
 
     :param memory: None for RAM that nobody can share, as almost every guest has it.
     :param machine: the machine type and further properties of ``-machine``.
     :param accelerator: ``kvm`` or ``tcg``; by default the better one that works here.
+    :param busy: whether it changes its memory all the time.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(CACHE / "guests" / "boot_sector.img", directory / "disk.img")
+    shutil.copyfile(CACHE / "guests" / f"{'busy' if busy else 'boot'}_sector.img", directory / "disk.img")
     # Where a display is asked for, none would be one too many.
     display = [] if {"-vnc", "-display", "-nographic"} & {*more, *console} else ["-display", "none"]
     machine_words = f"{machine},accel={accelerator or best_accelerator()}"
@@ -278,7 +280,7 @@ def linux_guest(
     network: t.Sequence[str] = ("-netdev", "user,id=net0", "-device", "virtio-net-pci,netdev=net0"),
     address: str | None = None,
     shared: bool = True,
-    busy: bool = False,
+    words: str = "",
 ) -> LinuxGuest:
     """A Linux guest with two processors, a disk, a network card and a random number generator.
 
@@ -286,7 +288,7 @@ def linux_guest(
 
     :param address: what its card gets, with the length of the prefix; it then echoes at port 7.
     :param shared: whether its RAM is ready for a live update.
-    :param busy: whether it changes its memory all the time.
+    :param words: more words for its kernel; see init.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with open(directory / "disk.img", "wb") as disk:
@@ -301,7 +303,7 @@ def linux_guest(
             *(("-object", "memory-backend-memfd,id=ram0,size=256M,share=on") if shared else ()),
             "-nodefaults", "-display", "none",
             "-kernel", str(CACHE / "guests" / "vmlinuz"), "-initrd", str(CACHE / "guests" / "initrd"),
-            "-append", f"console=ttyS0 quiet panic=-1{f' address={address}' if address else ''}{' busy' * busy}",
+            "-append", f"console=ttyS0 quiet panic=-1{f' address={address}' if address else ''} {words}".strip(),
             "-blockdev", "driver=file,filename={dir}/disk.img,node-name=file0",
             "-blockdev", '{"driver":"raw","node-name":"disk0","file":"file0"}',
             "-device", "virtio-blk-pci,drive=disk0",

@@ -77,7 +77,7 @@ class Host:
         names = [guest if isinstance(guest, str) else guest.name for guest in guests]
         defaults = {
             "guests": names, "concurrency": 4, "timeout": 30.0, "state_directory": str(self.state),
-            "switch_concurrency": 1, "pause_limit": 2.0, "copy_timeout": 60.0, "mode": "auto", "adopt": True, "qemu_binary": qemu(NEW_SUITE),
+            "switch_concurrency": 1, "pause_limit": 2.0, "copy_timeout": 60.0, "mode": "auto", "adopt": True, "accept_differences": [], "qemu_binary": qemu(NEW_SUITE),
             "capabilities": {}, "parameters": {}, "when_missing": "fail",
             "heartbeat_command": "", "heartbeat_timeout": 10.0, "rehearse": False,
         }  # fmt: skip
@@ -131,8 +131,8 @@ class Host:
         return json.loads((self.state / guest.name / "update.json").read_text(encoding="utf-8"))
 
     def _each(self, module: t.Any, name: str, guests: t.Sequence[Guest | str], parameters: t.Any) -> list[Outcome]:
-        options = {key: parameters.pop(key) for key in ("accept_differences",) if key in parameters}
         task = self.task(guests, **parameters)
+        options = {"accept_differences": task.parameters["accept_differences"]} if name == "set_up" else {}
         return asyncio.run(task.for_each_update(getattr(module, name), done=module.DONE, would="", **options))
 
 

@@ -39,7 +39,8 @@ def test_a_guest_of_72_with_plain_memory_is_adopted_and_then_goes_by_cpr_transfe
 
 def test_a_linux_guest_of_72_is_adopted_and_keeps_its_boot_id(start, host, rebuilt_qemu):
     guest = start("penguin", suite=OLDEST_SUITE, linux=True, shared=False)
-    assert host.until("resume", guest).update.mode == "precopy"
+    # Under TCG; tests/integration/test_host_reboot.py has one under KVM.
+    assert host.until("resume", guest, accept_differences=["tcg-precopy"]).update.mode == "precopy"
     goes_on(guest)
     assert host.until("resume", guest, qemu_binary=rebuilt_qemu).update.mode == "cpr-transfer"
     goes_on(guest)
@@ -69,7 +70,7 @@ def as_of_72(options):
 def test_a_healthy_guest_of_72_is_adopted(start, host, tmp_path, name):
     healthy.prepare(tmp_path / "healthy")
     guest = start("healthy", suite=OLDEST_SUITE, **as_of_72(PRIVATE[name]))
-    assert host.until("resume", guest).update.mode == "precopy"
+    assert host.until("resume", guest, accept_differences=["tcg-precopy"]).update.mode == "precopy"
     goes_on(guest)
 
 
@@ -136,21 +137,35 @@ def test_where_memory_is_short_one_guest_goes_after_another(start, host, huge_pa
 
 
 def test_a_guest_that_changes_its_memory_too_fast_stays_where_it_is(start, host):
-    guest = start("busy", suite=OLDEST_SUITE, linux=True, shared=False, busy=True)
-    slow = {"max-bandwidth": 8 << 20, "downtime-limit": 1}
+    guest = start("busy", suite=OLDEST_SUITE, memory=None, busy=True)
+    slow = {"max-bandwidth": 1 << 20, "downtime-limit": 1}
     host.until("setup", guest, parameters=slow)
-    (outcome,) = host.resume(guest, copy_timeout=8.0)
+    (outcome,) = host.resume(guest, copy_timeout=5.0)
     assert outcome.error.code == "not-converging"
     assert "MiB were left" in outcome.error.message and "auto-converge" in outcome.error.hint
-    assert host.record(guest)["phase"] == "rolled-back"
+    assert host.record(guest)["phase"] == "rolled-back" and host.record(guest)["copied"]["passes"] > 1
     goes_on(guest)
     assert guest.version() == "7.2.22"
+    with guest.qmp() as monitor:
+        assert monitor.execute("query-migrate-parameters")["downtime-limit"] == 300
 
 
-def test_a_busy_guest_is_slowed_down_where_its_owner_allows_it(start, host):
-    guest = start("busy", suite=OLDEST_SUITE, linux=True, shared=False, busy=True)
-    outcome = host.until("resume", guest, capabilities={"auto-converge": True}, copy_timeout=120.0)
-    assert outcome.update.copied["passes"] > 2
+def test_a_busy_guest_is_copied_and_slowed_down_where_its_owner_allows_it(start, host):
+    guest = start("busy", suite=OLDEST_SUITE, memory=None, busy=True)
+    outcome = host.until("resume", guest, capabilities={"auto-converge": True})
+    assert outcome.update.capabilities["auto-converge"] and outcome.update.copied["passes"] > 1
+    goes_on(guest)
+    with guest.qmp() as monitor:
+        assert monitor.execute("query-migrate-parameters")["downtime-limit"] == 300
+
+
+def test_the_ram_of_a_guest_without_kvm_is_copied_only_if_its_owner_says_so(start, host):
+    """QEMU's own copy loses some of what a busy guest under TCG writes meanwhile."""
+    guest = start("emulated", suite=OLDEST_SUITE, memory=None, accelerator="tcg")
+    for mode in ("auto", "precopy"):
+        (outcome,) = host.launch(guest, mode=mode)
+        assert outcome.error.code == "tcg-precopy"
+    assert host.until("resume", guest, accept_differences=["tcg-precopy"]).update.mode == "precopy"
     goes_on(guest)
 
 

@@ -167,6 +167,6 @@ def test_a_unit_with_a_checkpoint_starts_a_qemu_that_waits(machine, kind):
     assert guest.ticks()[: len(before)] == before
     after = machine.show(name)
     assert after["ActiveState"] == "active" and machine.process(int(after["MainPID"])) == guest.pid()
-    assert "90-vmfleet-cpr-held" not in machine.run("systemctl", "cat", f"{name}.service")
+    assert "vmfleet-cpr-held" not in machine.run("systemctl", "cat", f"{name}.service")
     machine.run("systemctl", "stop", f"{name}.service")
     wait_until(lambda: not guest.pids(), "it is gone")

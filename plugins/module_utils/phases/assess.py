@@ -35,13 +35,8 @@ async def assess_all(task: Task) -> list[Outcome]:
 
         async def one(name: str) -> Outcome:
             inspection = await preflight.inspect(selected[name], task.journal.directory)
-            blockers = await _of_each_mode(inspection, probe, wishes)
-            choice = modes.choose(
-                task.parameters["mode"],
-                blockers,
-                adopt=task.parameters["adopt"],
-                memory_in_place=inspection.memory_in_place,
-            )
+            disagreements = _disagreements(inspection, probe.binary, wishes)
+            choice, blockers = await inspection.choose(probe, task.parameters, disagreements)
             warnings = inspection.warnings_for(probe.binary)
             # Not where nothing is to be learnt.
             useful = isinstance(choice, modes.Choice) and not _is_up_to_date(inspection, probe.binary)
@@ -66,24 +61,17 @@ def _is_up_to_date(inspection: preflight.Inspection, binary: Binary) -> bool:
     return inspection.process.executable_id == binary.executable_id
 
 
-async def _of_each_mode(
-    inspection: preflight.Inspection, probe: qemu_binary.Probe, wishes: handshake.Wishes
+def _disagreements(
+    inspection: preflight.Inspection, binary: Binary, wishes: handshake.Wishes
 ) -> dict[str, list[CprError]]:
-    """What stands in the way of each mode."""
-    found = {}
-    for mode in modes.MODES:
-        found[mode] = [*inspection.blockers_for(probe.binary, mode), *await inspection.unknown_to(probe, mode)]
-        if inspection.observation:
-            try:
-                handshake.agree(
-                    inspection.observation.offer,
-                    probe.binary.offer,
-                    wishes,
-                    mode,
-                    in_place=inspection.memory_in_place,
-                )
-            except CprError as error:
-                found[mode].append(error)
+    """What both QEMUs could not agree on in each mode."""
+    found: dict[str, list[CprError]] = {mode: [] for mode in modes.MODES}
+    for mode in modes.MODES if inspection.observation else ():
+        try:
+            offer = t.cast("t.Any", inspection.observation).offer
+            handshake.agree(offer, binary.offer, wishes, mode, in_place=inspection.memory_in_place)
+        except CprError as error:
+            found[mode].append(error)
     return found
 
 

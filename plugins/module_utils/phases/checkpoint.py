@@ -40,6 +40,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import (
     preflight,
     reach,
     rollback,
+    setup,
     switch,
     transfer,
     verify,
@@ -53,6 +54,8 @@ WAITS = "The guest's state is in a file, and waits to be restored."
 _VOLATILE = ("tmpfs", "ramfs", "hugetlbfs", "devtmpfs")
 # Bytes of a guest's state beside its RAM; with a display some 20 MiB.
 _STATE_SIZE = 64 << 20
+# Seconds between two tries to reach a QEMU that was just started.
+_POLL = 0.2
 # Seconds that a QEMU gets to quit by itself.
 _QUIT_TIMEOUT = 30.0
 
@@ -69,7 +72,15 @@ async def checkpoint_all(task: Task) -> list[Outcome]:
     waiting = [name for name in task.guests if name not in found and _is_complete(task.journal.load(name))]
     wanted = [name for name in task.guests if name not in waiting]
     names, selected = guests.select(wanted, found) if wanted or not task.guests else ([], {})
-    inspections: dict[str, preflight.Inspection] = {}
+    if not task.guests and None in found:
+        pids = ", ".join(str(item.identity.pid) for item in found[None])
+        raise CprError(
+            "guest-unnamed",
+            f"QEMUs without a -name run on this host (processes {pids}); nothing could say whose checkpoint that is.",
+            "Name the guests to checkpoint, and take care of these by yourself.",
+        )
+    plans: dict[str, journal.Update] = {}
+    written = 0
 
     async def check(name: str) -> Outcome:
         if task.check_mode:
@@ -88,15 +99,25 @@ async def checkpoint_all(task: Task) -> list[Outcome]:
             return await judge(name)
 
     async def judge(name: str) -> Outcome:
+        nonlocal written
         inspection = await preflight.inspect(selected[name], task.journal.directory)
-        for blocker in blockers(inspection, task.journal.directory):
+        for blocker in blockers(inspection):
             raise blocker
-        inspections[name] = inspection
+        plans[name] = await _plan(task.journal, name, inspection, task.parameters)
+        written += _bytes_to_write(t.cast("t.Any", inspection.observation))
+        for blocker in resources.disk_blockers(task.journal.directory, written):
+            raise blocker  # for this one beside those before it
         return Outcome(name, True, "The guest's state would be written to a file, and its QEMU ended.")
 
     async def write(name: str) -> Outcome:
+        if task.is_abandoned():
+            raise CprError(
+                "run-abandoned",
+                "The guest was left alone: whoever waited for its checkpoint is gone, and might not restore it.",
+                "Run again.",
+            )
+        update = plans[name]
         with task.hold(name):
-            update = await _plan(task.journal, name, inspections[name], task.parameters)
             task.claim(update)
             await checkpoint(update, timeout=task.timeout, write_timeout=task.parameters["write_timeout"])
         return Outcome(name, True, str(update.message), update)
@@ -109,16 +130,16 @@ async def checkpoint_all(task: Task) -> list[Outcome]:
             *already,
             *(item if item.error or task.check_mode else Outcome(item.guest, False, untouched) for item in checked),
         ]
-    written = {item.guest: item for item in await task.for_each(inspections, "checkpoint", write)}
-    return [*already, *(written.get(item.guest, item) for item in checked)]
+    done = {item.guest: item for item in await task.for_each(plans, "checkpoint", write)}
+    return [*already, *(done.get(item.guest, item) for item in checked)]
 
 
 def _is_complete(update: journal.Update | None) -> bool:
     return update is not None and update.phase == journal.CHECKPOINTED
 
 
-def blockers(inspection: preflight.Inspection, directory: str) -> list[CprError]:
-    """What stands between a guest and its checkpoint."""
+def blockers(inspection: preflight.Inspection) -> list[CprError]:
+    """What stands between a guest and its checkpoint, but for the room for it."""
     found = inspection.blockers_but_room(CPR_REBOOT)
     if inspection.observation is None or inspection.description is None:
         return found
@@ -135,7 +156,7 @@ def blockers(inspection: preflight.Inspection, directory: str) -> list[CprError]
                 "Run it in a service that makes that namespace, or leave this guest out.",
             )
         )
-    return [*found, *resources.disk_blockers(directory, _bytes_to_write(inspection.observation))]
+    return found
 
 
 def _survives(observation: readiness.Observation) -> bool:
@@ -170,7 +191,8 @@ async def _plan(
     update.old = journal.Qemu(
         pid, old.identity.start_time, old.executable, observation.offer.version_text, t.cast(str, inspection.monitor)
     )
-    update.permissions = permissions.read(map(old.path, new_command_line.bound_paths(command.arguments)))
+    bound = [old.path(path) for path in new_command_line.bound_paths(command.arguments)]
+    update.permissions = permissions.read(bound)
     update.heartbeat = {"command": parameters.get("heartbeat_command"), "timeout": parameters["heartbeat_timeout"]}
     around = dataclasses.replace(surroundings.read(pid), working_directory=old.working_directory)
     if new_command_line.changes_user(command.arguments):
@@ -181,6 +203,7 @@ async def _plan(
         "user": surroundings.read(pid).user,
         "started_at": process.started_at(old.identity),
         "taps": [dataclasses.asdict((await network.inspect(pid, tap.name))[1]) for tap in update.taps],
+        "directories": permissions.read(sorted({os.path.dirname(path) for path in bound})),
         "boot_id": process.boot_id(),
         "memory_files": [block.path for block in observation.memory] if in_place else [],
         "bytes_of_ram": sum(block.size for block in observation.memory),
@@ -206,22 +229,31 @@ async def checkpoint(update: journal.Update, *, timeout: float, write_timeout: f
                 update.agreement = handshake.record(CPR_REBOOT, agreed, machine_view.summary(before), view.HINTS, {})
                 update.heartbeat["agent"] = await verify.agent_answers(monitor, before, old.pid)
                 await transfer.prepare_old(monitor, update, journal.CHECKPOINTING)
-                await _write(update, monitor, watch, write_timeout)
-                await _keep(update)
+                await setup.set_parameters("old", monitor, update)
                 if update.unit:
                     await systemd.hold_back(update.unit, old.executable, update.checkpoint["arguments"])
+                await _write(update, monitor, watch, write_timeout)
+                await _keep(update)
                 update.took("checkpoint", started)
                 update.run = None  # from here on anybody may restore it
                 update.enter(journal.CHECKPOINTED, _message(update))
             except BaseException as error:
-                if watch.ended.is_set():
+                if await watch.wait(reach.LAST_BREATH if _is_lost(error) else 0):
                     await _forget(update)
                     raise failures.old_qemu_gone(update) from error
-                await undo(update, monitor)
+                if _is_lost(error):
+                    async with await reach.old_qemu(update, watch) as again:
+                        await undo(update, again)
+                else:
+                    await undo(update, monitor)
                 if isinstance(error, CprError):
                     error.message += " The guest runs on, as before."
                 raise
             await _end(monitor, watch)
+
+
+def _is_lost(error: BaseException) -> bool:
+    return isinstance(error, CprError) and error.code in ("monitor-lost", "qmp-timeout")
 
 
 def _make_room(update: journal.Update) -> None:
@@ -305,16 +337,21 @@ def _message(update: journal.Update) -> str:
 async def undo(update: journal.Update, monitor: Monitor) -> None:
     """Let the guest go on in its QEMU, and remove what there is of its checkpoint.
 
-    :raises CprError: as `rollback.resume_old`.
+    :raises CprError: as `rollback.resume_old`, or ``state-directory``.
     """
-    if update.unit:
-        await systemd.let_go(update.unit)
+    if update.phase == journal.CHECKPOINTED:
+        # On disk before the guest goes on: from then on what was written is out of date.
+        shutil.rmtree(update.channels)
+        update.enter(journal.CHECKPOINTING)
     await rollback.resume_old(update, monitor)
     await _forget(update)
 
 
 async def _forget(update: journal.Update) -> None:
     shutil.rmtree(update.channels, ignore_errors=True)
+    with contextlib.suppress(CprError):
+        if update.unit:
+            await systemd.let_go(update.unit)
     with contextlib.suppress(CprError):
         update.enter(journal.ROLLED_BACK, "The guest was not checkpointed.")
 
@@ -332,6 +369,8 @@ async def _finish_or_undo(earlier: journal.Update, found: process.QemuProcess) -
     old = t.cast(journal.Qemu, earlier.old)
     if found.identity != old.identity:
         if earlier.phase == journal.CHECKPOINTED:
+            if earlier.unit and await is_waiting(found):
+                return Outcome(earlier.guest, False, WAITS, earlier)
             raise CprError(
                 "checkpoint-exists",
                 f"The guest runs, and there is a checkpoint of it that was not restored: {earlier.directory}.",
@@ -340,8 +379,27 @@ async def _finish_or_undo(earlier: journal.Update, found: process.QemuProcess) -
         return None
     with Watch(old.identity) as watch:
         async with await reach.old_qemu(earlier, watch) as monitor:
-            if earlier.phase == journal.CHECKPOINTED:
+            # Somebody may have let the guest go on: what was written is out of date then.
+            stopped = (await monitor.execute("query-status"))["status"] == "postmigrate"
+            if earlier.phase == journal.CHECKPOINTED and stopped:
                 await _end(monitor, watch)
                 return Outcome(earlier.guest, True, WAITS, earlier)
             await undo(earlier, monitor)
     return None
+
+
+async def is_waiting(qemu: process.QemuProcess, timeout: float = 0) -> bool:
+    """Whether a QEMU waits for a guest's state.
+
+    :param timeout: seconds until its monitor must answer; it may have just been started.
+    :raises CprError: as `guests.open_monitor`.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            async with await guests.open_monitor(qemu) as monitor:
+                return (await monitor.execute("query-status"))["status"] == "inmigrate"
+        except CprError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(_POLL)

@@ -57,19 +57,23 @@ async def switch(update: journal.Update, ends: Ends, limits: Limits) -> None:
     with update.commit_mark() as mark:
         update.enter(journal.SWITCHING)
         with ends.old.events("STOP", "MIGRATION") as events:
+            stop = None
             mark.set(True)
             try:
                 await ends.old.execute("migrate", {"uri": f"file:{update.state_file}"})
                 stop = await _until_it_has_become(update, ends, events, limits)
             except CprError as error:
-                if reach.has_become(update):
-                    raise _lost(update, ends.new_watch) from error
-                mark.set(False)
-                if ends.old_watch.ended.is_set():
+                ended = await ends.old_watch.wait(reach.LAST_BREATH if error.code == "monitor-lost" else 0)
+                if ended:
                     raise await rollback.give_up(update, ends.old_watch) from error
+                failure: CprError | None = error
+            else:
+                failure = None
+            if failure and not reach.has_become(update):
+                mark.set(False)
                 await rollback.bring_back(update, ends.old, ends.new_watch)
-                error.message += " The guest is back on the old QEMU, as before."
-                raise
+                failure.message += " The guest is back on the old QEMU, as before."
+                raise failure
         ends.new, running_at = await reach_running(update, ends.new_watch, limits.pause)
         if stop and running_at:
             update.pause_ms = round(running_at / 1000 - microseconds(stop) / 1000, 2)

@@ -110,7 +110,6 @@ async def launch_all(task: Task) -> list[Outcome]:
 
 async def _launch_all(task: Task, probe: qemu_binary.Probe) -> list[Outcome]:
     binary = probe.binary
-    wish, adopt = task.parameters["mode"], task.parameters["adopt"]
     names, found = guests.select(task.guests, guests.by_name(process.find(), task.journal))
     wishes = handshake.Wishes.of(task.parameters)
     plans: dict[str, Plan] = {}
@@ -142,9 +141,15 @@ async def _launch_all(task: Task, probe: qemu_binary.Probe) -> list[Outcome]:
         if found[name].executable_id == binary.executable_id:
             return _outcome(name, unfinished, f"The guest runs on {binary.path} already.", news, update=earlier)
         inspection = await preflight.inspect(found[name], task.journal.directory)
-        choice = await inspection.choose(probe, wish, adopt)
+        choice, dummy = await inspection.choose(probe, task.parameters)
         if isinstance(choice, list):
             raise choice[0]
+        if choice.mode == CPR_EXEC and process.file_id(binary.path) != binary.executable_id:
+            raise CprError(
+                "exec-wrapper",
+                f"{binary.path} starts another program, so it could not be told whether cpr-exec has worked.",
+                "Give the path of the QEMU binary itself.",
+            )
         plans[name] = _plan(task.journal, name, inspection, binary, wishes, choice)
         plans[name].news = news
         if choice.mode == CPR_EXEC and not task.check_mode:
@@ -192,8 +197,11 @@ def _those_without_room(plans: dict[str, Plan]) -> list[Outcome]:
     room = resources.Room()
     found = []
     for name, plan in list(plans.items()):
-        needed = plan.inspection.demand(plan.update.mode)
-        short = room.short(needed) if plan.update.mode != CPR_EXEC else None
+        try:
+            needed = plan.inspection.demand(plan.update.mode)
+            short = room.short(needed) if plan.update.mode != CPR_EXEC else None
+        except OSError:
+            continue  # the guest has just ended, which its launch will say
         if short is None:
             room.take(needed)
             continue
@@ -258,6 +266,7 @@ def _plan(
     in_place = choice.mode == CPR_EXEC
     if in_place:
         command = new_command_line.make_in_place(options, running, state=update.state_file)
+        update.executable_id = list(binary.executable_id)
         update.exec_command = [binary.path, *command_line.write(command.arguments)]
         update.permissions = permissions.read(map(old.path, new_command_line.bound_paths(command.arguments)))
     else:

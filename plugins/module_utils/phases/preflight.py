@@ -19,6 +19,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     descriptors,
     device_tree,
     guests,
+    journal,
     machine_view,
     managers,
     memory,
@@ -52,6 +53,7 @@ class Inspection:
     :ivar in_exec: what stands in the way of this process becoming another QEMU.
     :ivar room: what the host lacks, by mode.
     :ivar unit: the systemd service that it is the main process of, or None.
+    :ivar state_in_memory: whether what is written to the state directory takes memory.
     :ivar description: what the new QEMU must have like it, or None where it can't be told.
     """
 
@@ -64,6 +66,7 @@ class Inspection:
     room: dict[str, list[CprError]] = field(default_factory=dict)
     description: t.Optional[Description] = None
     unit: t.Optional[dict[str, str]] = None
+    state_in_memory: bool = False
 
     @property
     def memory_in_place(self) -> bool:
@@ -89,14 +92,28 @@ class Inspection:
             fitting += memory.default_ram_blockers(self.description.options, self.observation.memory, default_ram)
         return [*self.blockers_of(mode), *fitting]
 
-    async def choose(self, probe: Probe, wish: str, adopt: bool) -> modes.Choice | list[CprError]:
-        """Which mode the guest takes to a binary, or what stands in the way; as `modes.choose`."""
-        return modes.choose(
-            wish,
-            {mode: [*self.blockers_for(probe.binary, mode), *await self.unknown_to(probe, mode)] for mode in MODES},
-            adopt=adopt,
-            memory_in_place=self.memory_in_place,
+    async def choose(
+        self, probe: Probe, parameters: t.Mapping[str, t.Any], more: t.Mapping[str, t.Sequence[CprError]] | None = None
+    ) -> tuple[modes.Choice | list[CprError], dict[str, list[CprError]]]:
+        """Which mode the guest takes to a binary, or what stands in the way; as `modes.choose`.
+
+        :param parameters: ``mode``, ``adopt`` and ``accept_differences`` of the user's.
+        :param more: what else stands in the way of each mode.
+        :returns: that, and what stands in the way of each mode.
+        """
+        accepted = {readiness.TCG_PRECOPY}.intersection(parameters["accept_differences"])
+        found = {}
+        for mode in MODES:
+            items = [
+                *self.blockers_for(probe.binary, mode),
+                *await self.unknown_to(probe, mode),
+                *(more or {}).get(mode, ()),
+            ]
+            found[mode] = [item for item in items if item.code not in accepted]
+        choice = modes.choose(
+            parameters["mode"], found, adopt=parameters["adopt"], memory_in_place=self.memory_in_place
         )
+        return choice, found
 
     def options_for(self, binary: Binary, mode: str) -> list[command_line.Option]:
         """The options of the QEMU that takes over a guest without blockers, before paths and descriptors are its own."""
@@ -113,8 +130,11 @@ class Inspection:
     def demand(self, mode: str) -> resources.Demand:
         """What of the host's memory the update takes."""
         ram = self.observation.memory if self.observation else ()
-        copied = mode == PRECOPY or mode == CPR_REBOOT and not self.memory_in_place
-        return resources.demand(self.process.identity.pid, ram, ram if copied else ())
+        own = list(ram) if mode == PRECOPY else []
+        if mode == CPR_REBOOT and not self.memory_in_place:
+            # The new QEMU's, and where the state directory is in memory the file's.
+            own = [*ram, *(ram if self.state_in_memory else ())]
+        return resources.demand(self.process.identity.pid, ram, own)
 
     async def unknown_to(self, probe: Probe, mode: str) -> list[CprError]:
         """What the guest's command line sets and a binary does not know."""
@@ -184,6 +204,7 @@ async def inspect(qemu: QemuProcess, state_directory: str) -> Inspection:
 
 
 def _look_for_room(inspection: Inspection, state_directory: str) -> None:
+    inspection.state_in_memory = resources.file_system(state_directory) in ("tmpfs", "ramfs")
     for mode in MODES:
         written = inspection.observation.writes_its_memory if inspection.observation and mode == CPR_REBOOT else 0
         disk = resources.disk_blockers(state_directory, written)
@@ -196,6 +217,33 @@ def _against_exec(qemu: QemuProcess, description: Description) -> list[CprError]
     pid = qemu.identity.pid
     moved = os.path.realpath(f"{process.PROC}/{pid}/cwd") != os.path.realpath(qemu.working_directory)
     return readiness.exec_blockers(description.options, process.kept_by_exec(pid), moved=moved)
+
+
+async def check_rehearsed(update: journal.Update, monitor: Monitor) -> None:
+    """See that neither the guest nor the new binary was changed since the rehearsal before a cpr-exec.
+
+    :param monitor: the guest's.
+    :raises CprError: ``guest-changed``. The guest runs on.
+    """
+    old, new = update.old, update.new
+    if old is None or new is None:
+        return
+    qemu = process.read(old.pid)
+    description = await describe(monitor, qemu, update.machine_type or "")
+    command = new_command_line.make_in_place(description.options, description.running, state=update.state_file)
+    changed = {
+        "its devices": [new.executable, *command_line.write(command.arguments)] != update.exec_command,
+        "its memory": not all(block.shared for block in await _memory(monitor)),
+        "what its QEMU has open": bool(_against_exec(qemu, description)),
+        new.executable: process.file_id(new.executable) != tuple(update.executable_id),
+    }
+    if any(changed.values()):
+        raise CprError(
+            "guest-changed",
+            f"Since the rehearsal {', '.join(name for name, state in changed.items() if state)} changed, and after cpr-exec"
+            " there is no way back. The guest runs on as before.",
+            "Roll back, and run again.",
+        )
 
 
 def _refuse_foreign(qemu: QemuProcess) -> None:

@@ -51,6 +51,12 @@ async def new_qemu(update: journal.Update, watch: Watch, timeout: float = CONNEC
         path = dict(update.renames).get(path, path)
 
     def gone() -> CprError:
+        if update.phase in journal.OF_A_CHECKPOINT:
+            return CprError(
+                "new-qemu-exited",
+                "The QEMU that was started for the guest exited.",
+                "Its standard error says why. Run vmfleet.cpr.guest_restore again.",
+            )
         committed = update.phase in journal.COMMITTED
         return failures.new_qemu_gone(update) if committed else failures.new_qemu_exited(update)
 
@@ -104,9 +110,9 @@ async def _becomes(update: journal.Update, watch: Watch) -> bool:
 
 def has_become(update: journal.Update) -> bool:
     """With cpr-exec, whether the process is the new QEMU by now; False also where it is gone."""
-    old, new = failures.both(update)
+    old, dummy = failures.both(update)
     present = process.file_id(f"{process.PROC}/{old.pid}/exe")
-    return present is not None and present == process.file_id(new.executable)
+    return present is not None and present == tuple(update.executable_id)
 
 
 async def _run_state(connecting: t.Awaitable[Monitor], watch: Watch) -> str:

@@ -29,6 +29,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     surroundings,
     systemd,
     taps,
+    verdict,
 )
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
@@ -56,7 +57,6 @@ async def restore_all(task: Task) -> list[Outcome]:
     """
     path = task.parameters["qemu_binary"]
     binary = await qemu_binary.probe(path) if path else None
-    running = guests.by_name(process.find(), task.journal)
     names = _in_order(task)
     options = {"limit": task.parameters["restore_timeout"], "binary": binary}
 
@@ -65,8 +65,12 @@ async def restore_all(task: Task) -> list[Outcome]:
             update = t.cast(journal.Update, task.journal.load(name))
             return Outcome(name, True, "The guest would be restored.", update)
         with task.hold(name) as update:
+            # Only what is seen under the lock counts: another task may have restored it meanwhile.
+            if update.phase not in (*_RESTORABLE, journal.CHECKPOINTING):
+                return Outcome(name, False, "The guest was restored already.", update)
+            running = guests.by_name(process.find(), task.journal).get(name, [])
             task.claim(update)
-            return await restore(update, running.get(name, []), timeout=task.timeout, **options)
+            return await restore(update, running, timeout=task.timeout, **options)
 
     return await task.for_each(names, "restore", one)
 
@@ -147,12 +151,12 @@ async def _take_up(update: journal.Update, running: t.Sequence[process.QemuProce
             continue
         if old and qemu.identity == old.identity:
             return await _still_in_its_qemu(update, old)
-        if update.unit and await _is_waiting(qemu):
+        if update.unit and await checkpoint.is_waiting(qemu, timeout):
             continue  # systemd has started it for us
         raise CprError(
             "guest-running",
             f"A QEMU runs a guest of this name already (process {qemu.identity.pid}).",
-            f"Was it started anew? Then its checkpoint is out of date: remove {update.directory}.",
+            f"Was it started anew? Then its checkpoint is out of date: remove {_leftovers(update)}.",
         )
     if update.phase == journal.CHECKPOINTING:
         await _release_unit(update)
@@ -164,7 +168,7 @@ async def _take_up(update: journal.Update, running: t.Sequence[process.QemuProce
     if new is None:
         return None
     with Watch(new.identity) as watch:
-        if update.phase == journal.RESUMING:
+        if update.phase == journal.RESUMING or not watch.ended.is_set() and await _runs(update, watch, timeout):
             if watch.ended.is_set():
                 await _release_unit(update)
                 raise CprError(
@@ -194,9 +198,15 @@ async def _still_in_its_qemu(update: journal.Update, old: journal.Qemu) -> Outco
     return Outcome(update.guest, True, "The guest goes on in the QEMU that it was in.", update)
 
 
-async def _is_waiting(qemu: process.QemuProcess) -> bool:
-    async with await guests.open_monitor(qemu) as monitor:
-        return (await monitor.execute("query-status"))["status"] == "inmigrate"
+async def _runs(update: journal.Update, watch: Watch, timeout: float) -> bool:
+    """Whether a QEMU that was only to load the guest's state runs it: somebody may have told it to."""
+    async with await reach.new_qemu(update, watch, timeout) as monitor:
+        return (await monitor.execute("query-status"))["status"] not in (verdict.WAITING, verdict.COMPLETE)
+
+
+def _leftovers(update: journal.Update) -> str:
+    """What of a checkpoint must be removed by hand, as part of a sentence."""
+    return f"{update.directory} and {systemd.held(update.unit)}" if update.unit else update.directory
 
 
 async def _check(update: journal.Update) -> None:
@@ -217,7 +227,7 @@ def _damaged(update: journal.Update, why: str) -> CprError:
     return CprError(
         "checkpoint-damaged",
         f"The guest's checkpoint can't be used: {why}.",
-        f"Put it back from a copy; or remove {update.directory} and start the guest anew, as after a power cut.",
+        f"Put it back from a copy; or remove {_leftovers(update)} and start the guest anew, as after a power cut.",
     )
 
 
@@ -236,12 +246,13 @@ async def _start(update: journal.Update, timeout: float) -> None:
     update.generation = 0
     await _make_taps(update)
     arguments = update.checkpoint["arguments"]
+    _make_directories(update)
     if update.unit:
-        if new.executable != t.cast(journal.Qemu, update.old).executable:
-            await systemd.hold_back(update.unit, new.executable, arguments)
-        new.pid = await systemd.restart(update.unit, timeout)
-        identity = process.identify(new.pid)
-        new.start_time = identity.start_time if identity else 0
+        await systemd.hold_back(update.unit, new.executable, arguments)  # somebody may have removed it
+        identity = process.identify(await systemd.restart(update.unit, timeout))
+        if identity is None:
+            raise _exited(update)
+        new.pid, new.start_time = identity.pid, identity.start_time
         update.enter(journal.RESTORING)
     else:
         around = surroundings.from_dict(update.checkpoint["surroundings"])
@@ -249,6 +260,14 @@ async def _start(update: journal.Update, timeout: float) -> None:
             new.pid, new.start_time = child.identity.pid, child.identity.start_time
             update.enter(journal.RESTORING)
             child.start(timeout)
+
+
+def _make_directories(update: journal.Update) -> None:
+    """Make the directories of the guest's sockets again, which a reboot may have emptied (/run)."""
+    for path, owner, group, mode in update.checkpoint["directories"]:
+        if not os.path.isdir(path):
+            os.makedirs(path)
+            permissions.put_back([(path, owner, group, mode)])
 
 
 async def _make_taps(update: journal.Update) -> None:
@@ -298,6 +317,8 @@ def _failed(why: str, hint: str) -> CprError:
 def _exited(update: journal.Update) -> CprError:
     secrets = command_line.secrets(command_line.parse(update.checkpoint["arguments"]))
     words = command_line.mask(launcher.last_words(update.log), secrets)
+    if update.unit:
+        words = f"see journalctl -u {update.unit}"
     return CprError(
         "new-qemu-exited",
         f"The QEMU that was started for the guest exited. Its last words: {words or '(none)'}",
@@ -317,8 +338,8 @@ def _silent(update: journal.Update, timeout: float) -> CprError:
 async def _resume(update: journal.Update, monitor: Monitor, watch: Watch) -> None:
     """Let the guest run; from here on its checkpoint is out of date."""
     update.enter(journal.RESUMING)
-    if update.run_state != "running":
-        return
+    if update.run_state != "running" or update.checkpoint.get("ran"):
+        return  # a pause that somebody has made since is theirs
     await monitor.execute("cont")
     stopped_at = update.checkpoint.get("stopped_at")
     if (await monitor.execute("query-status"))["status"] != "running":
@@ -327,6 +348,7 @@ async def _resume(update: journal.Update, monitor: Monitor, watch: Watch) -> Non
             "The guest was told to go on, and does not run.",
             f"Look at it in process {watch.identity.pid}; running again tries once more.",
         )
+    update.checkpoint["ran"] = True
     if stopped_at:
         update.pause_ms = round((time.time_ns() // 1000 - stopped_at) / 1000, 2)
 
@@ -341,8 +363,9 @@ async def _finish(update: journal.Update, monitor: Monitor, started: float) -> O
                 for number, name in network.open_taps(new.pid).items():
                     if name == tap.name:
                         descriptors.let_tap_go(new.pid, number)
-    await verify.verify(update, monitor)
     await retire.restore_ports(update, monitor)
+    update.enter(journal.RESUMING)
+    await verify.verify(update, monitor)
     await setup.put_back(monitor, update.restore)
     if update.unit:
         await systemd.let_go(update.unit)
@@ -350,5 +373,5 @@ async def _finish(update: journal.Update, monitor: Monitor, started: float) -> O
     pause = f" after {update.pause_ms / 1000:.1f} s" if update.pause_ms else ""
     message = f"The guest goes on in QEMU {new.version}{pause}."
     update.enter(journal.RESTORED, message)
-    shutil.rmtree(update.channels, ignore_errors=True)
+    await asyncio.to_thread(shutil.rmtree, update.channels, ignore_errors=True)
     return Outcome(update.guest, True, message, update)

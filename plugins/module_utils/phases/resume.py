@@ -19,6 +19,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import (
     cpr_exec,
     failures,
+    preflight,
     recover,
     retire,
     switch,
@@ -93,6 +94,8 @@ async def resume(
             ends = await stack.enter_async_context((cpr_exec if in_place else switch).open_ends(update, timeout))
             await _note_run_state(update, ends.old)
             await verify.check_heartbeat_command(update)
+            if in_place:
+                await preflight.check_rehearsed(update, ends.old)
         async with quiet.switch():
             if is_abandoned():
                 raise CprError(

@@ -96,8 +96,8 @@ async def _retire(update: journal.Update, monitor: Monitor, old_monitor: Monitor
 async def _finish_in_place(update: journal.Update, monitor: Monitor, started: float) -> None:
     """There is no old QEMU to end: only what the new one has bound anew is put right."""
     permissions.put_back(update.permissions)
-    await verify.verify(update, monitor)
     await restore_ports(update, monitor)
+    await verify.verify(update, monitor)
     await _finish(update, monitor, started, [])
 
 

@@ -43,6 +43,12 @@ async def roll_back(update: journal.Update, *, timeout: float) -> Outcome:
     """
     if update.phase in DONE:
         return Outcome(update.guest, False, "There is no update to undo.", update)
+    if update.phase in journal.OF_A_CHECKPOINT:
+        raise CprError(
+            "update-under-way",
+            f"There is a checkpoint of the guest in {update.directory} ({update.phase}).",
+            "Finish that with vmfleet.cpr.guest_restore.",
+        )
     old, new = failures.both(update)
     with Watch(old.identity) as old_watch, Watch(new.identity) as new_watch:
         # Before anything is killed: a task that died between the commit and its record leaves

@@ -45,7 +45,7 @@ async def set_up(update: journal.Update, *, timeout: float, accept_differences: 
     old, new = failures.both(update)
     with Watch(old.identity) as old_watch, Watch(new.identity) as new_watch:
         async with await reach.old_qemu(update, old_watch, timeout) as old_monitor:
-            await _set_parameters("old", old_monitor, update)
+            await set_parameters("old", old_monitor, update)
             await _compare_capabilities("old", old_monitor, update)
             differences: dict[str, list[str]] = {}
             if update.mode == CPR_EXEC:
@@ -78,7 +78,7 @@ async def set_up(update: journal.Update, *, timeout: float, accept_differences: 
 async def _set_up_new(monitor: Monitor, update: journal.Update) -> None:
     current = await monitor.execute("query-migrate-capabilities")
     await set_capabilities("new", monitor, handshake.capabilities_to_set(current, update.capabilities))
-    await _set_parameters("new", monitor, update)
+    await set_parameters("new", monitor, update)
     await _compare_capabilities("new", monitor, update)
 
 
@@ -110,7 +110,12 @@ def _refusal(code: str, whose: str) -> t.Iterator[None]:
         ) from error
 
 
-async def _set_parameters(whose: str, monitor: Monitor, update: journal.Update) -> None:
+async def set_parameters(whose: str, monitor: Monitor, update: journal.Update) -> None:
+    """Set the parameters that were agreed on, and see that they were taken.
+
+    :param whose: ``old`` or ``new``.
+    :raises CprError: ``parameter-refused``, ``parameters-differ``.
+    """
     with _refusal("parameter-refused", whose):
         await monitor.execute("migrate-set-parameters", update.parameters)
     taken = await monitor.execute("query-migrate-parameters")
