@@ -77,7 +77,8 @@ class Host:
         names = [guest if isinstance(guest, str) else guest.name for guest in guests]
         defaults = {
             "guests": names, "concurrency": 4, "timeout": 30.0, "state_directory": str(self.state),
-            "switch_concurrency": 1, "pause_limit": 2.0, "copy_timeout": 60.0, "mode": "auto", "adopt": True, "accept_differences": [], "qemu_binary": qemu(NEW_SUITE),
+            "switch_concurrency": 1, "pause_limit": 2.0, "copy_timeout": 60.0,
+            "mode": "auto", "adopt": True, "accept_differences": [], "qemu_binary": qemu(NEW_SUITE),
             "capabilities": {}, "parameters": {}, "when_missing": "fail",
             "heartbeat_command": "", "heartbeat_timeout": 10.0, "rehearse": False,
         }  # fmt: skip

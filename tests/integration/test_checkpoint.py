@@ -220,6 +220,18 @@ def test_a_checkpoint_whose_run_dies_is_completed_by_the_same_again(start, host,
     goes_on(guest)
 
 
+def test_a_guest_that_somebody_let_go_on_is_written_anew(start, host, monkeypatch):
+    guest = start("continued")
+    dies_at(host, monkeypatch, "checkpointed", lambda: host.checkpoint(guest))
+    first = host.record(guest)["checkpoint"]["sha256"]
+    with guest.qmp() as monitor:
+        monitor.execute("cont")
+    guest.wait_for_ticks(20)
+    assert done(host.checkpoint(guest)).update.checkpoint["sha256"] != first
+    done(host.restore(guest))
+    goes_on(guest)
+
+
 @pytest.mark.parametrize("phase", ["restoring", "resuming", "restored"])
 def test_a_restoration_whose_run_dies_is_finished_by_the_next(start, host, monkeypatch, phase):
     guest = start("died")

@@ -52,16 +52,15 @@ class Remote:
         return self.machine.run("pgrep", "-f", f"guest={self.name},", check=False).split()
 
 
-def test_guests_keep_their_boot_ids_over_the_reboot_of_their_host(hypervisor, tmp_path):
-    """One is a service that is started at boot, one was started by hand."""
-    linux = linux_guest("penguin", tmp_path / "penguin")
+def test_a_guest_of_72_is_adopted_and_keeps_its_boot_id_over_the_reboot_of_its_host(hypervisor, tmp_path):
+    """It is a service that is started at boot, with plain memory; another one was started by hand on 11.1."""
+    linux = linux_guest("penguin", tmp_path / "penguin", shared=False)
     linux.words = [word.replace("accel=tcg", "accel=kvm") for word in linux.words]
-    linux.words[linux.words.index("qemu64")] = "host"
     sector = boot_sector_guest("counter", tmp_path / "counter", accelerator="kvm", memory=None)
     penguin, counter = (Remote(hypervisor, guest, tmp_path / guest.name) for guest in (linux, sector))
-    binary = qemu(NEW_SUITE)
+    oldest, binary = qemu("bookworm"), qemu(NEW_SUITE)
     unit = tmp_path / "penguin.service"
-    unit.write_text(UNIT.format(start=shlex.join([binary, *penguin.words])), encoding="utf-8")
+    unit.write_text(UNIT.format(start=shlex.join([oldest, *penguin.words])), encoding="utf-8")
     hypervisor.copy(unit, "/etc/systemd/system/")
     hypervisor.run("systemctl", "daemon-reload")
     hypervisor.run("systemctl", "enable", "--now", "penguin.service")
@@ -69,10 +68,18 @@ def test_guests_keep_their_boot_ids_over_the_reboot_of_their_host(hypervisor, tm
     hypervisor.run("sh", "-c", f"cd {counter.directory}; setsid {started} >/dev/null 2>log </dev/null &")
     for guest in (penguin, counter):
         guest.counts()
+    inventory = {"hypervisor": hypervisor.inventory()}
+    run = playbook("live_update", inventory, {"live_update_qemu_binary": binary})
+    assert run.returncode == 0, run.stdout
+    assert "by precopy" in run.stdout
+    print(run.stdout)
+    for guest in (penguin, counter):
+        guest.counts()
+
     before = {guest.name: len(guest.lines()) for guest in (penguin, counter)}
     boot_id = hypervisor.boot_id()
 
-    run = playbook("host_reboot", {"hypervisor": hypervisor.inventory()}, {})
+    run = playbook("host_reboot", inventory, {})
     assert run.returncode == 0, run.stdout
     print(run.stdout)
 

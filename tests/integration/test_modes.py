@@ -12,6 +12,7 @@ import signal
 
 import pytest
 
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import preflight
 from tests.guests import healthy
 from tests.guests.ansible import live_update
 from tests.guests.guest import NEW_SUITE, OLD_SUITE, Guest, qemu
@@ -150,11 +151,24 @@ def test_a_guest_that_changes_its_memory_too_fast_stays_where_it_is(start, host)
         assert monitor.execute("query-migrate-parameters")["downtime-limit"] == 300
 
 
+def pages_of_busy(guest):
+    """What stands in each page that busy_sector.S changes."""
+    image = guest.directory / "memory"
+    with guest.qmp() as monitor:
+        monitor.execute("stop")
+        monitor.execute("pmemsave", val=0x10000, size=0x80000, filename=str(image))
+        monitor.execute("cont")
+    return [int.from_bytes(image.read_bytes()[page : page + 4], "little") for page in range(0, 0x80000, 0x1000)]
+
+
 def test_a_busy_guest_is_copied_and_slowed_down_where_its_owner_allows_it(start, host):
     guest = start("busy", suite=OLDEST_SUITE, memory=None, busy=True)
     outcome = host.until("resume", guest, capabilities={"auto-converge": True})
     assert outcome.update.capabilities["auto-converge"] and outcome.update.copied["passes"] > 1
     goes_on(guest)
+    # It counts in one page after the other: one that was copied too early would lag behind.
+    counters = pages_of_busy(guest)
+    assert max(counters) - min(counters) <= 1 and counters[0] > 0
     with guest.qmp() as monitor:
         assert monitor.execute("query-migrate-parameters")["downtime-limit"] == 300
 
@@ -264,14 +278,35 @@ def test_a_paused_guest_stays_paused_when_its_process_becomes_the_new_qemu(start
 
 
 def test_what_the_new_qemu_does_not_take_is_known_before_exec(start, host, rebuilt_qemu, tmp_path):
-    guest = start("refused", suite=NEW_SUITE)
-    broken = tmp_path / "qemu-system-x86_64-broken"
-    broken.write_text(
-        f'#!/bin/sh\ncase "$*" in *none,accel*) exec {rebuilt_qemu} "$@";; esac\necho no such thing >&2; exit 1\n'
-    )
-    broken.chmod(0o755)
-    (outcome,) = host.launch(guest, qemu_binary=str(broken), mode="cpr-exec")
-    assert outcome.error.code == "new-qemu-exited" and "no such thing" in outcome.error.message
+    firmware = tmp_path / "bios.bin"
+    firmware.write_bytes((pathlib.Path(qemu(NEW_SUITE)).parent / "../share/seabios/bios-256k.bin").read_bytes())
+    guest = start("refused", suite=NEW_SUITE, more=["-bios", str(firmware)])
+    firmware.unlink()
+    (outcome,) = host.launch(guest, qemu_binary=rebuilt_qemu, mode="cpr-exec")
+    assert outcome.error.code == "new-qemu-exited" and "bios.bin" in outcome.error.message
+    goes_on(guest)
+
+
+def test_a_program_that_starts_the_new_qemu_is_no_binary_for_exec(start, host, rebuilt_qemu, tmp_path):
+    guest = start("wrapped", suite=NEW_SUITE)
+    wrapper = tmp_path / "qemu-system-x86_64"
+    wrapper.write_text(f'#!/bin/sh\nexec {rebuilt_qemu} "$@"\n')
+    wrapper.chmod(0o755)
+    (outcome,) = host.launch(guest, qemu_binary=str(wrapper), mode="cpr-exec")
+    assert outcome.error.code == "exec-wrapper"
+    goes_on(guest)
+
+
+def test_a_guest_that_was_changed_since_its_rehearsal_does_not_go_by_exec(start, host, rebuilt_qemu):
+    guest = start("changed", suite=NEW_SUITE, more=["-device", "qemu-xhci,id=usb"])
+    host.until("setup", guest, qemu_binary=rebuilt_qemu, mode="cpr-exec")
+    with guest.qmp() as monitor:
+        monitor.execute("device_add", driver="usb-mouse", id="mouse", bus="usb.0")
+    (outcome,) = host.resume(guest)
+    assert outcome.error.code == "guest-changed" and "its devices" in outcome.error.message
+    goes_on(guest)
+    host.rollback(guest)
+    host.until("resume", guest, qemu_binary=rebuilt_qemu, mode="cpr-exec")
     goes_on(guest)
 
 
@@ -295,9 +330,14 @@ def test_a_guest_that_would_be_lost_by_exec_is_refused(start, host, rebuilt_qemu
     goes_on(guest)
 
 
-def test_an_exec_that_fails_leaves_the_guest_where_it_is(start, host, rebuilt_qemu):
+def test_an_exec_that_fails_leaves_the_guest_where_it_is(start, host, rebuilt_qemu, monkeypatch):
     guest = start("failing", suite=NEW_SUITE)
     host.until("setup", guest, qemu_binary=rebuilt_qemu, mode="cpr-exec")
+
+    async def looks_away(*dummy):
+        """Else it would be noticed before: the file goes in the very last moment."""
+
+    monkeypatch.setattr(preflight, "check_rehearsed", looks_away)
     os.rename(rebuilt_qemu, f"{rebuilt_qemu}.away")
     try:
         (outcome,) = host.resume(guest)

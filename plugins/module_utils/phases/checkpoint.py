@@ -341,8 +341,9 @@ async def undo(update: journal.Update, monitor: Monitor) -> None:
     """
     if update.phase == journal.CHECKPOINTED:
         # On disk before the guest goes on: from then on what was written is out of date.
-        shutil.rmtree(update.channels)
-        update.enter(journal.CHECKPOINTING)
+        shutil.rmtree(update.channels, ignore_errors=True)
+        with contextlib.nullcontext() if os.path.exists(update.state_file) else contextlib.suppress(CprError):
+            update.enter(journal.CHECKPOINTING)
     await rollback.resume_old(update, monitor)
     await _forget(update)
 
