@@ -21,9 +21,6 @@ PRECOPY = "precopy"
 MODES = (CPR_TRANSFER, CPR_EXEC, CPR_REBOOT, PRECOPY)
 AUTO = "auto"
 
-# With these the old QEMU holds the guest until the new one has said that it runs it.
-_NEVER_LOSES = (CPR_TRANSFER, CPR_REBOOT, PRECOPY)
-
 
 def qemu_name(mode: str) -> str:
     """What QEMU's migration parameter ``mode`` calls it."""
@@ -77,8 +74,3 @@ def _against_all(transfer: t.Sequence[CprError], precopy: t.Sequence[CprError]) 
     for item in precopy:
         item.message += f" Without a copy of its RAM: {transfer[0].message}"
     return list(precopy)
-
-
-def can_lose_the_guest(mode: str) -> bool:
-    """Whether there is an instant in which no QEMU has the guest but one that has not shown that it can run it."""
-    return mode not in _NEVER_LOSES

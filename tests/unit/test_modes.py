@@ -47,7 +47,6 @@ def test_auto_takes_the_gentlest_mode_that_can_be_had(options, expected):
 def test_auto_never_takes_a_mode_that_could_lose_the_guest():
     found = choose(ansfer=["systemd-unit"], recopy=["systemd-unit"], reboot=["systemd-unit"])
     assert found == ["systemd-unit"]  # though cpr-exec would do
-    assert [mode for mode in modes.MODES if modes.can_lose_the_guest(mode)] == ["cpr-exec"]
 
 
 def test_the_reason_says_why_it_is_not_the_better_one():

@@ -206,7 +206,6 @@ async def _plan(
         "directories": permissions.read(sorted({os.path.dirname(path) for path in bound})),
         "boot_id": process.boot_id(),
         "memory_files": [block.path for block in observation.memory] if in_place else [],
-        "bytes_of_ram": sum(block.size for block in observation.memory),
     }
     return update
 

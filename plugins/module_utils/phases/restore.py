@@ -190,8 +190,8 @@ async def _release_unit(update: journal.Update) -> None:
         await systemd.let_go(update.unit)
 
 
-async def _still_in_its_qemu(update: journal.Update, old: journal.Qemu) -> Outcome | None:
-    """The QEMU that wrote the state is there: it ends if the state is complete, and else goes on."""
+async def _still_in_its_qemu(update: journal.Update, old: journal.Qemu) -> Outcome:
+    """The QEMU that wrote the state is there, and has all of the guest: nothing need be read."""
     with Watch(old.identity) as watch:
         async with await reach.old_qemu(update, watch) as monitor:
             await checkpoint.undo(update, monitor)
