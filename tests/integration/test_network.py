@@ -114,3 +114,25 @@ def test_the_network_stays_up(start, host, bridge, tmp_path, rebuilt_qemu, backe
         assert after["linkinfo"]["info_data"] == before["linkinfo"]["info_data"]
         assert len(json.loads(ip("-json", "link", "show", "master", bridge.name))) == 1
     guest.check_continuity()
+
+
+@pytest.mark.parametrize("updated", [False, True], ids=["as it was started", "updated before"])
+def test_a_tap_that_went_with_its_qemu_is_made_anew_for_a_restored_guest(start, host, bridge, updated):
+    name = f"cprz{os.getpid()}"
+    guest = start(
+        "restored", linux=True, address=f"{bridge.guest}/24",
+        network=["-netdev", f"tap,id=n,ifname={name},script=no,downscript=no", "-device", "virtio-net-pci,netdev=n"],
+    )  # fmt: skip
+    ip("link", "set", name, "master", bridge.name, "up")
+    wait_until(lambda: answers(bridge.guest), "the guest echoes")
+    if updated:
+        host.until("resume", guest)
+    (outcome,) = host.checkpoint(guest)
+    assert outcome.error is None and not os.path.exists(f"/sys/class/net/{name}")
+    (outcome,) = host.restore(guest)
+    assert outcome.error is None, str(outcome.error)
+    wait_until(lambda: answers(bridge.guest), "the guest echoes again")
+    guest.wait_for_ticks()
+    guest.check_continuity()
+    shown = subprocess.run(["ip", "-d", "link", "show", name], check=True, stdout=subprocess.PIPE, text=True).stdout
+    assert f"master {bridge.name}" in shown and "persist off" in shown
