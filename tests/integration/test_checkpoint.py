@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pathlib
@@ -14,7 +15,7 @@ import time
 import pytest
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
-from tests.guests.guest import NEW_SUITE, OLD_SUITE, Guest, is_alive, qemu
+from tests.guests.guest import NEW_SUITE, OLD_SUITE, Guest, is_alive, qemu, wait_until
 
 
 def goes_on(guest: Guest) -> None:
@@ -178,6 +179,16 @@ def test_without_a_checkpoint_there_is_nothing_to_restore(start, host):
 # A run that dies at each step of a checkpoint, and of its restoration.
 
 
+def is_free(lock):
+    """Whether nobody holds this lock."""
+    with open(lock, encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
+
+
 def dies_at(host, monkeypatch, phase, work):
     """Run it in a child that is killed when it has recorded this phase; the record is then on disk."""
     child = os.fork()
@@ -196,6 +207,10 @@ def dies_at(host, monkeypatch, phase, work):
             os._exit(1)
     dummy, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status), "it ended before that phase"
+    # A QEMU that it was about to start has its locks until it notices that nobody starts it any more.
+    for lock in host.state.glob("*/lock"):
+        wait_until(lambda lock=lock: is_free(lock), "the lock is free")
+    time.sleep(0.1)
 
 
 @pytest.mark.parametrize("phase", ["checkpointing", "checkpointed"])

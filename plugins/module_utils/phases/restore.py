@@ -169,15 +169,19 @@ async def _take_up(update: journal.Update, running: t.Sequence[process.QemuProce
         return None
     with Watch(new.identity) as watch:
         if update.phase == journal.RESUMING or not watch.ended.is_set() and await _runs(update, watch, timeout):
-            if watch.ended.is_set():
+            try:
+                connected = await reach.new_qemu(update, watch, timeout)
+            except CprError as error:
+                if error.code != "new-qemu-exited":
+                    raise
                 await _release_unit(update)
                 raise CprError(
                     "state-unclear",
                     f"The guest was told to go on in process {new.pid}, which is gone: it may have run, and its checkpoint"
                     " is out of date then.",
                     f"Nothing was done. Remove {update.directory}, then (re)start the guest anew.",
-                )
-            async with await reach.new_qemu(update, watch, timeout) as monitor:
+                ) from error
+            async with connected as monitor:
                 await _resume(update, monitor, watch)
                 return await _finish(update, monitor, time.monotonic())
         await watch.kill()
