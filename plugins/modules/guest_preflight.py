@@ -155,6 +155,45 @@ guests:
       description: Milliseconds that each phase took.
       type: dict
       sample: {launch: 61.2, transfer: 88.0, setup: 14.9, switch: 19.3, retire: 41.7}
+    pid:
+      description: The process that runs the guest.
+      type: int
+    binary:
+      description: The path of its binary.
+      type: str
+      sample: /usr/bin/qemu-system-x86_64
+    binary_on_disk:
+      description: >-
+        Whether the running binary still lies at that path (V(same)), another one does
+        (V(replaced)) or none (V(deleted)).
+      type: str
+    monitor:
+      description: The path of the QMP monitor that answered, or null.
+      type: str
+    version:
+      description: The version of the running QEMU, or null if no monitor answered.
+      type: str
+      sample: 10.0.2
+    architecture:
+      description: The guest's architecture, or null.
+      type: str
+      sample: x86_64
+    machine_type:
+      description: The versioned machine type, or null.
+      type: str
+      sample: pc-q35-10.0
+    run_state:
+      description: The guest's run state, or null.
+      type: str
+      sample: running
+    systemd_unit:
+      description: The systemd service that the guest is the main process of, or null.
+      type: str
+      sample: guest@web1.service
+    wanted_version:
+      description: The version of O(qemu_binary).
+      type: str
+      sample: 11.1.3
     mode:
       description: The mode that the guest would take, null if it can't go or runs on O(qemu_binary) already.
       type: str

@@ -95,17 +95,20 @@ def _command(program: str, *words: str, python: str = HYPERVISOR_PYTHON) -> list
     return [str(TOP / ".venv" / "bin" / program), *words, "-i", "localhost,", "-c", "local", "-e", interpreter]
 
 
-def playbook(name: str, inventory: dict[str, t.Any], variables: dict[str, t.Any]) -> subprocess.CompletedProcess[str]:
+def playbook(
+    name: str, inventory: dict[str, t.Any], variables: dict[str, t.Any], *more: str
+) -> subprocess.CompletedProcess[str]:
     """Run a playbook of the collection on other hosts.
 
     :param inventory: the variables of each host, by its name.
+    :param more: further arguments of ``ansible-playbook``.
     """
     with tempfile.NamedTemporaryFile("w", suffix=".json") as stream:
         json.dump({"all": {"hosts": inventory}}, stream)
         stream.flush()
         words = [str(TOP / ".venv" / "bin" / "ansible-playbook"), f"vmfleet.cpr.{name}", "-i", stream.name]
         return subprocess.run(
-            [*words, "-e", json.dumps(variables)],
+            [*words, "-e", json.dumps(variables), *more],
             check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=TOP, timeout=900,
             env=_ENVIRONMENT,
         )  # fmt: skip

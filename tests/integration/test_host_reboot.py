@@ -57,7 +57,8 @@ def test_a_guest_of_72_is_adopted_and_keeps_its_boot_id_over_the_reboot_of_its_h
     """It is a service that is started at boot, with plain memory; another one was started by hand on 11.1."""
     linux = linux_guest("penguin", tmp_path / "penguin", shared=False)
     linux.words = [word.replace("accel=tcg", "accel=kvm") for word in linux.words]
-    sector = boot_sector_guest("counter", tmp_path / "counter", accelerator="kvm", memory=None)
+    # Not under KVM: on an emulated SVM a guest in real mode was reset once while nobody touched it.
+    sector = boot_sector_guest("counter", tmp_path / "counter", accelerator="tcg", memory=None)
     penguin, counter = (Remote(hypervisor, guest, tmp_path / guest.name) for guest in (linux, sector))
     oldest, binary = qemu("bookworm"), qemu(NEW_SUITE)
     unit = tmp_path / "penguin.service"

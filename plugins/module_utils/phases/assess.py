@@ -52,7 +52,9 @@ async def assess_all(task: Task) -> list[Outcome]:
                         choice = [*choice, item] if isinstance(choice, list) else [item]
                         for found in blockers.values():
                             found.append(item)
-            return _outcome(name, inspection, probe.binary, blockers, choice, warnings)
+            outcome = _outcome(name, inspection, probe.binary, blockers, choice, warnings)
+            outcome.update = task.journal.load(name)
+            return outcome
 
         return await task.for_each(names, "preflight", one)
 
@@ -99,11 +101,12 @@ def _outcome(
         False,
         _sentence(inspection, binary, chosen, overall, up_to_date),
         extra={
+            **inspection.facts(),
+            "wanted_version": binary.offer.version_text,
             "up_to_date": up_to_date,
             "mode": chosen.mode if chosen and not up_to_date else None,
             **overall,
             "modes": verdicts,
-            "notes": inspection.description.notes if inspection.description else [],
         },
     )
 

@@ -48,8 +48,6 @@ def _copy(update: journal.Update | None) -> dict[str, t.Any] | None:
 
 
 def _facts(inspection: preflight.Inspection, binary: offer.Binary | None) -> dict[str, t.Any]:
-    qemu, seen = inspection.process, inspection.observation
-
     def as_dicts(blockers: t.Iterable[CprError]) -> list[dict[str, str]]:
         return [{"code": item.code, "message": item.message, "hint": item.hint} for item in blockers]
 
@@ -57,23 +55,11 @@ def _facts(inspection: preflight.Inspection, binary: offer.Binary | None) -> dic
     for mode in modes.MODES:
         blockers = inspection.blockers_of(mode)
         ready[mode] = {"ready": not blockers, "blockers": as_dicts(blockers)}
-    facts: dict[str, t.Any] = {
-        "pid": qemu.identity.pid,
-        "binary": qemu.executable,
-        "binary_on_disk": qemu.on_disk,
-        "monitor": inspection.monitor,
-        "version": seen.offer.version_text if seen else None,
-        "architecture": seen.offer.architecture if seen else None,
-        "machine_type": seen.machine_type if seen else None,
-        "run_state": seen.run_state if seen else None,
-        "modes": ready,
-        "notes": inspection.description.notes if inspection.description else [],
-        "systemd_unit": inspection.unit["Id"] if inspection.unit else None,
-    }
+    facts: dict[str, t.Any] = {**inspection.facts(), "modes": ready}
     if binary:
         by_mode = {mode: inspection.blockers_for(binary, mode) for mode in modes.MODES}
         choice = modes.choose(modes.AUTO, by_mode, adopt=True, memory_in_place=inspection.memory_in_place)
-        up_to_date = qemu.executable_id == binary.executable_id
+        up_to_date = inspection.process.executable_id == binary.executable_id
         facts["up_to_date"] = up_to_date
         facts["wanted_version"] = binary.offer.version_text
         facts["update_mode"] = None if up_to_date or isinstance(choice, list) else choice.mode

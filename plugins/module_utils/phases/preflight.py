@@ -68,6 +68,22 @@ class Inspection:
     unit: t.Optional[dict[str, str]] = None
     state_in_memory: bool = False
 
+    def facts(self) -> dict[str, t.Any]:
+        """What it is, as modules return it."""
+        qemu, seen = self.process, self.observation
+        return {
+            "pid": qemu.identity.pid,
+            "binary": qemu.executable,
+            "binary_on_disk": qemu.on_disk,
+            "monitor": self.monitor,
+            "version": seen.offer.version_text if seen else None,
+            "architecture": seen.offer.architecture if seen else None,
+            "machine_type": seen.machine_type if seen else None,
+            "run_state": seen.run_state if seen else None,
+            "notes": self.description.notes if self.description else [],
+            "systemd_unit": self.unit["Id"] if self.unit else None,
+        }
+
     @property
     def memory_in_place(self) -> bool:
         """Whether another QEMU can map the guest's RAM where it is."""

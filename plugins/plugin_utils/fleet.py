@@ -1,0 +1,374 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Decisions about a fleet: whom to update, in which order, and whether to go on.
+
+Pure functions on what the modules returned of each host. Private to the collection.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+import typing as t
+
+from ansible.errors import AnsibleFilterError
+from ansible.utils.helpers import pct_to_int
+
+from ansible_collections.vmfleet.cpr.plugins.module_utils.journal import ENDED
+
+try:
+    import jmespath
+except ImportError:
+    jmespath = None
+
+Fact = t.Mapping[str, t.Any]
+
+
+def plan(
+    hosts: t.Sequence[Fact],
+    *,
+    query: str = "",
+    batches: t.Sequence[t.Any] = (1,),
+    failure_budget: t.Any = 0,
+    skip_blocked: bool = False,
+) -> dict[str, t.Any]:
+    """Whom to update, from what the check of every host returned.
+
+    :param hosts: of each its ``host``, the result of its ``check`` and the ``labels`` of its guests.
+    :param query: a JMESPath expression over the list of all guests that returns some of them; all if empty.
+    :param batches: hosts per batch, as Ansible's ``serial`` has them.
+    :param failure_budget: how many hosts, or which part of them (``"5%"``), may be out of reach.
+    :param skip_blocked: whether guests and hosts that the check refuses are left out.
+    :returns: ``pending``, the guests of each host that are to be updated; their ``labels``; ``batches`` of
+        hosts; the numbers ``up_to_date`` and ``left_out``; ``refused`` and ``unreachable``, a sentence
+        each; ``obstacles``, the sentences for which nothing may begin.
+    :raises AnsibleFilterError: the query or the budget makes no sense.
+    """
+    unreachable = {item["host"]: _reason(item["check"]) for item in hosts if item["check"].get("unreachable")}
+    refused: list[dict[str, t.Any]] = []
+    guests: list[dict[str, t.Any]] = []
+    for item in hosts:
+        check = item["check"]
+        if check.get("unreachable"):
+            continue
+        if "guests" not in check:
+            refused.append({"host": item["host"], "guest": None, "message": _reason(check)})
+            continue
+        for guest in check["guests"]:
+            labels = (item.get("labels") or {}).get(guest["name"], [])
+            labels = [labels] if isinstance(labels, str) else list(labels)
+            guests.append({**guest, "host": item["host"], "labels": labels})
+    chosen = _query(guests, query)
+    pending: dict[str, list[str]] = {}
+    of_guests: dict[str, dict[str, list[str]]] = {}
+    up_to_date = 0
+    for guest in chosen:
+        begun = guest.get("phase") not in ENDED
+        if guest.get("up_to_date") and not begun:
+            up_to_date += 1
+        elif (guest["failed"] or guest.get("verdict") == "blocked") and not begun:
+            refused.append({"host": guest["host"], "guest": guest["name"], "message": guest["message"]})
+        else:
+            pending.setdefault(guest["host"], []).append(guest["name"])
+            of_guests.setdefault(guest["host"], {})[guest["name"]] = guest["labels"]
+    # Batches go by the inventory's order whatever the order of the query's answer is.
+    pending = {item["host"]: pending[item["host"]] for item in hosts if item["host"] in pending}
+    obstacles = [] if skip_blocked else [_sentence(item) for item in refused]
+    if len(unreachable) > allowed(failure_budget, len(hosts)):
+        obstacles += [f"{host}: {why}" for host, why in unreachable.items()]
+    return {
+        "pending": pending,
+        "labels": of_guests,
+        "batches": split(list(pending), batches),
+        "up_to_date": up_to_date,
+        "left_out": len(guests) - len(chosen),
+        "refused": refused,
+        "unreachable": unreachable,
+        "obstacles": obstacles,
+    }
+
+
+def summary(plan: Fact) -> list[str]:
+    """A plan in lines for whoever watches.
+
+    :param plan: as `plan` returned it.
+    """
+    lines = []
+    for number, hosts in enumerate(plan["batches"], 1):
+        guests = [f"{host} ({', '.join(plan['pending'][host])})" for host in hosts]
+        lines.append(f"batch {number}: {', '.join(guests)}")
+    lines += [f"up to date: {plan['up_to_date']} guests"]
+    if plan["left_out"]:
+        lines.append(f"left out by live_update_guest_query: {plan['left_out']} guests")
+    lines += [f"refused: {_sentence(item)}" for item in plan["refused"]]
+    lines += [f"unreachable: {host}: {why}" for host, why in plan["unreachable"].items()]
+    return lines
+
+
+def _reason(result: Fact) -> str:
+    return str(result.get("msg") or "It did not answer.")
+
+
+def _sentence(item: Fact) -> str:
+    return ": ".join(str(item[key]) for key in ("host", "guest", "message") if item[key])
+
+
+def _query(guests: list[dict[str, t.Any]], query: str) -> list[dict[str, t.Any]]:
+    if not query:
+        return guests
+    if jmespath is None:
+        raise AnsibleFilterError("live_update_guest_query needs jmespath on the control node: pip install jmespath.")
+    try:
+        answer = jmespath.search(query, guests)
+    except jmespath.exceptions.JMESPathError as error:
+        raise AnsibleFilterError(f"live_update_guest_query is no JMESPath expression: {error}") from error
+    by_key = {(guest["host"], guest["name"]): guest for guest in guests}
+    try:
+        keys = dict.fromkeys((item["host"], item["name"]) for item in answer)
+        return [by_key[key] for key in keys]
+    except (KeyError, TypeError):
+        raise AnsibleFilterError(
+            f"live_update_guest_query must return guests, and returned {str(answer)[:100]}."
+            " It filters a list: [?starts_with(name, 'web')]."
+        ) from None
+
+
+def split(hosts: list[str], batches: t.Sequence[t.Any]) -> list[list[str]]:
+    """The hosts in batches, as Ansible's ``serial`` makes them; a percentage is of all of them."""
+    found = []
+    rest = list(hosts)
+    while rest:
+        size = batches[min(len(found), len(batches) - 1)] if batches else 0
+        size = pct_to_int(size, len(hosts)) or len(rest)
+        found.append(rest[:size])
+        rest = rest[size:]
+    return found
+
+
+def rounds(plan: Fact, hosts: t.Sequence[str]) -> list[dict[str, list[str]]]:
+    """A batch's guests, so that none with the same label are updated at once on different hosts.
+
+    :param plan: as `plan` returned it.
+    :param hosts: the batch.
+    :returns: one after another, the guests of each host that can be updated side by side.
+    """
+    found: list[dict[str, list[str]]] = []
+    taken: list[dict[str, str]] = []
+    for host in hosts:
+        for guest in plan["pending"].get(host, ()):
+            labels = plan["labels"][host][guest]
+            number = 0
+            while number < len(taken) and any(taken[number].get(label, host) != host for label in labels):
+                number += 1
+            if number == len(found):
+                found.append({})
+                taken.append({})
+            found[number].setdefault(host, []).append(guest)
+            taken[number].update(dict.fromkeys(labels, host))
+    return found
+
+
+def gate(
+    outcomes: t.Sequence[Fact],
+    batch: t.Sequence[str],
+    *,
+    failure_budget: t.Any = 0,
+    pause_budget: t.Mapping[str, float] | None = None,
+) -> dict[str, t.Any]:
+    """Whether to go on after a batch.
+
+    :param outcomes: of each host so far its ``host``, the guests that were ``wanted`` on the new QEMU, the result of
+        the look at them (``found``), the result of the ``health`` command, and ``messages`` of what failed.
+    :param batch: the hosts of this batch, whose pauses and health count.
+    :param failure_budget: how many failures there may be so far, or which part of the guests (``"5%"``).
+    :param pause_budget: milliseconds for ``p50``, ``p99`` and ``largest``.
+    :returns: ``passed``, the ``reasons`` why not, ``failures`` with ``host``, ``guest`` and ``message``,
+        ``pauses_ms`` with ``p50``, ``p99``, ``largest`` and who had it, ``updated`` and ``tried`` guests.
+    """
+    failures = [failure for outcome in outcomes for failure in _failures(outcome)]
+    tried = sum(len(outcome["wanted"]) for outcome in outcomes)
+    pauses = sorted(
+        (guest["pause_ms"], f"{outcome['host']}: {guest['name']}")
+        for outcome in outcomes
+        if outcome["host"] in batch
+        for guest in outcome["found"].get("guests", ())
+        if guest["name"] in outcome["wanted"] and guest.get("up_to_date") and guest.get("pause_ms") is not None
+    )
+    measured: dict[str, t.Any] = {}
+    if pauses:
+        figures = [pause for pause, dummy in pauses]
+        measured = {name: percentile(figures, part) for name, part in (("p50", 50), ("p99", 99), ("largest", 100))}
+        measured["slowest"] = pauses[-1][1]
+    reasons = []
+    limit = allowed(failure_budget, tried)
+    if len(failures) > limit:
+        reasons.append(f"{len(failures)} failed, and live_update_failure_budget allows {limit} of {tried} guests.")
+    for name, most in (pause_budget or {}).items():
+        if measured.get(name, 0) > most:
+            reasons.append(
+                f"The {name} of this batch's pauses is {measured[name]:.1f} ms, and live_update_pause_budget allows {most:g};"
+                f" the longest was that of {measured['slowest']}."
+            )
+    for outcome in outcomes:
+        if outcome["host"] in batch and _is_unwell(outcome):
+            reasons.append(f"{outcome['host']}: live_update_health_command failed: {_said(outcome['health'])}")
+    return {
+        "passed": not reasons,
+        "reasons": reasons,
+        "failures": failures,
+        "pauses_ms": measured,
+        "updated": tried - sum(1 for failure in failures if failure["guest"]),
+        "tried": tried,
+    }
+
+
+def _is_unwell(outcome: Fact) -> bool:
+    health = outcome.get("health") or {}
+    return bool(health.get("rc")) or bool(health.get("unreachable"))
+
+
+def _said(result: Fact) -> str:
+    """The last line that a command printed, or why it could not be run."""
+    lines = f"{result.get('stdout', '')}\n{result.get('stderr', '')}".strip().splitlines()
+    return lines[-1] if lines else _reason(result) if result.get("msg") else f"exit status {result.get('rc')}"
+
+
+def _failures(outcome: Fact) -> list[dict[str, t.Any]]:
+    found = outcome["found"]
+    host = outcome["host"]
+    if "guests" not in found:
+        return [{"host": host, "guest": name, "message": _reason(found)} for name in outcome["wanted"]]
+    guests = {guest["name"]: guest for guest in found["guests"]}
+    failures = []
+    for name in outcome["wanted"]:
+        guest = guests.get(name, {"failed": True, "message": "It is gone."})
+        if guest["failed"]:
+            message = guest["message"]
+        elif not guest["up_to_date"] or guest["phase"] not in ENDED:
+            said = [text for text in outcome.get("messages") or () if f"{name}:" in text]
+            message = said[0] if said else f"It runs on QEMU {guest['version']} still; its update is {guest['phase']}."
+        elif guest["run_state"] not in ("running", "paused", "suspended"):
+            message = f"It runs on the new QEMU, and is {guest['run_state']}."
+        else:
+            continue
+        failures.append({"host": host, "guest": name, "message": message})
+    return failures
+
+
+def allowed(budget: t.Any, whole: int) -> int:
+    """How many failures a budget allows.
+
+    :param budget: a number, or a percentage like ``"5%"``.
+    :param whole: what a percentage is of.
+    :raises AnsibleFilterError: it is neither.
+    """
+    text = str(budget).strip()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)%", text)
+    if match:
+        return int(float(match.group(1)) * whole / 100)
+    if not text.isdigit():
+        raise AnsibleFilterError(f"live_update_failure_budget is {text}, and must be a number or a percentage like 5%.")
+    return int(text)
+
+
+def percentile(figures: t.Sequence[float], part: float) -> float:
+    """The smallest figure that at least this part of them does not exceed.
+
+    :param figures: in order, at least one.
+    :param part: in percent.
+    """
+    return figures[max(0, -(-len(figures) * part // 100) - 1)]
+
+
+def deadline(until: str, begun: float) -> float | None:
+    """After when no batch begins, in seconds since 1970; None for ever.
+
+    :param until: ``HH:MM``, the next time that this control node's clock shows that, or a date and time
+        in ISO 8601, on this control node's clock where it has no offset. Empty for ever.
+    :param begun: when the run began, in the same.
+    :raises AnsibleFilterError: it is neither.
+    """
+    text = str(until).strip()
+    if not text:
+        return None
+    start = datetime.datetime.fromtimestamp(begun)
+    try:
+        if re.fullmatch(r"\d{1,2}:\d{2}", text):
+            hour, minute = map(int, text.split(":"))
+            found = start.replace(hour=hour, minute=minute, second=0, microsecond=0)
+            return (found if found > start else found + datetime.timedelta(days=1)).timestamp()
+        return datetime.datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        raise AnsibleFilterError(
+            f"live_update_until is {text}, and must be a time like 05:30 or like 2026-11-24T05:30."
+        ) from None
+
+
+def table(rows: t.Sequence[t.Sequence[t.Any]], head: t.Sequence[str]) -> list[str]:
+    """Rows as lines whose columns stand below each other."""
+    lines = [[str("" if cell is None else cell) for cell in row] for row in (head, *rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
+
+
+def status(hosts: t.Sequence[Fact]) -> list[str]:
+    """A table of every guest: its host, its name, the version that it runs and the wanted one, whether it is ready.
+
+    :param hosts: as for `plan`.
+    """
+    rows: list[list[t.Any]] = []
+    for item in hosts:
+        check = item["check"]
+        if "guests" not in check:
+            how = "unreachable: " if check.get("unreachable") else ""
+            rows.append([item["host"], "-", "-", "-", how + _reason(check)])
+        for guest in check.get("guests", ()):
+            rows.append([item["host"], guest["name"], guest.get("version"), guest.get("wanted_version"), _state(guest)])
+        if not check.get("guests", True):
+            rows.append([item["host"], "-", "-", "-", "no guests"])
+    return table(rows, ["host", "guest", "runs", "wanted", "state"])
+
+
+def _state(guest: Fact) -> str:
+    if guest["failed"]:
+        return str(guest["message"])
+    if guest["phase"] not in ENDED:
+        return f"begun: its update is {guest['phase']}"
+    if guest["up_to_date"]:
+        return "up to date"
+    if guest["verdict"] == "ready":
+        return f"ready, by {guest['mode']}"
+    reasons = " ".join(f"{item['message']} [{item['code']}]" for item in guest["reasons"])
+    return f"ready, by {guest['mode']}, with a warning: {reasons}" if guest["verdict"] == "warning" else reasons
+
+
+def report(plan: Fact, outcomes: t.Sequence[Fact]) -> list[str]:
+    """A table of every host: what became of its guests.
+
+    :param plan: as `plan` returned it.
+    :param outcomes: as for `gate`.
+    """
+    rows: list[list[t.Any]] = []
+    tried = {outcome["host"]: outcome for outcome in outcomes}
+    for host, names in plan["pending"].items():
+        if host not in tried:
+            rows.append([host, 0, 0, len(names), "", "not begun"])
+            continue
+        failures = _failures(tried[host])
+        pauses = [
+            guest["pause_ms"]
+            for guest in tried[host]["found"].get("guests", ())
+            if guest["name"] in names and guest.get("up_to_date") and guest.get("pause_ms") is not None
+        ]
+        failed = ", ".join(failure["guest"] for failure in failures)
+        longest = f"{max(pauses):.1f}" if pauses else ""
+        rows.append(
+            [host, len(names) - len(failures), len(failures), 0, longest, f"failed: {failed}" if failed else ""]
+        )
+    rows += [[host, 0, 0, "?", "", f"unreachable: {why}"] for host, why in plan["unreachable"].items()]
+    rows += [
+        [item["host"], 0, 0, 1 if item["guest"] else "?", "", _sentence({**item, "host": None})]
+        for item in plan["refused"]
+    ]
+    return table(rows, ["host", "updated", "failed", "left", "longest pause, ms", ""])

@@ -1,0 +1,200 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""A fleet, batch after batch. Its hosts are this machine under several names, each with guests of its own."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.guests.ansible import HYPERVISOR_PYTHON, playbook
+from tests.guests.guest import NEW_SUITE, OLD_SUITE, qemu
+
+OUT_OF_REACH = {"ansible_connection": "ssh", "ansible_host": "127.0.0.1", "ansible_port": 1}
+
+
+class Fleet:
+    """Hosts and their guests."""
+
+    def __init__(self, place, start):
+        self.place = place
+        self.start = start
+        self.inventory = {}
+        self.guests = {}
+
+    def host(self, name, *guests, busy=(), **variables):
+        """A host with guests of these names; the busy ones' RAM has to be copied, and changes all the time."""
+        for guest in guests:
+            options = {"memory": None, "busy": True} if guest in busy else {}
+            self.guests[guest] = self.start(guest, accelerator="tcg", suite=OLD_SUITE, **options)
+        self.inventory[name] = {
+            "ansible_connection": "local",
+            "ansible_python_interpreter": HYPERVISOR_PYTHON,
+            "live_update_guests": list(guests),
+            "live_update_state_directory": str(self.place / name),
+            **variables,
+        }
+
+    def run(self, *words, name="rolling_update", **variables):
+        """Run a playbook of the fleet."""
+        values = {"qemu_binary": qemu(NEW_SUITE), "soak": 0, **variables}
+        run = playbook(name, self.inventory, {f"live_update_{key}": value for key, value in values.items()}, *words)
+        print(run.stdout)
+        return run
+
+    def updated(self):
+        """The guests that run on the new QEMU; all of them run."""
+        for guest in self.guests.values():
+            guest.wait_for_ticks()
+            guest.check_continuity()
+        return {name for name, guest in self.guests.items() if guest.version().startswith("11.1.")}
+
+    def record(self, host, guest):
+        """A guest's update record."""
+        return json.loads((self.place / host / guest / "update.json").read_text())
+
+
+@pytest.fixture(name="fleet")
+def fixture_fleet(tmp_path, start):
+    return Fleet(tmp_path / "hosts", start)
+
+
+def recap(run):
+    """What the end of a run says of each host."""
+    lines = run.stdout.partition("PLAY RECAP")[2].splitlines()[1:]
+    found = {}
+    for line in lines:
+        name, colon, words = line.partition(" : ")
+        if colon:
+            found[name.strip()] = {key: int(value) for key, value in (word.split("=") for word in words.split())}
+    return found
+
+
+def test_a_fleet_is_updated_batch_by_batch_and_once(fleet):
+    for number in range(4):
+        fleet.host(f"hv{number}", f"web{number}", f"db{number}")
+    status = fleet.run(name="status")
+    assert status.returncode == 0
+    assert "web0   10.0.2  11.1.3  ready, by cpr-transfer" in status.stdout
+    assert fleet.updated() == set()
+
+    dry = fleet.run("--check")
+    assert dry.returncode == 0
+    assert "batch 1: hv0 (web0, db0)" in dry.stdout.replace("db0, web0", "web0, db0")
+    assert "batch 3" in dry.stdout
+    assert fleet.updated() == set()
+
+    run = fleet.run(batches=[1, "50%"])
+    assert run.returncode == 0
+    assert fleet.updated() == set(fleet.guests)
+    assert run.stdout.count("PLAY [Update one batch of hosts after another]") == 3
+    assert all(host["failed"] == 0 and host["unreachable"] == 0 for host in recap(run).values())
+    pids = {name: guest.pid() for name, guest in fleet.guests.items()}
+
+    again = fleet.run()
+    assert again.returncode == 0
+    assert "up to date: 8 guests" in again.stdout
+    assert all(host["changed"] == 0 for host in recap(again).values())
+    assert {name: guest.pid() for name, guest in fleet.guests.items()} == pids
+    assert "up to date" in fleet.run(name="status").stdout
+
+
+def test_the_gate_stops_after_a_failure_and_the_next_run_does_the_rest(fleet):
+    """The copy of one guest of the second batch takes too long: it alone is left behind."""
+    for number in range(4):
+        fleet.host(f"hv{number}", f"one{number}", f"two{number}", busy=["one1"])
+    slow = {"live_update_copy_timeout": 3, "live_update_parameters": {"max-bandwidth": 1 << 20, "downtime-limit": 1}}
+    fleet.inventory["hv1"].update(slow)
+    run = fleet.run(batches=[1, 2])
+    assert run.returncode == 2
+    assert "[not-converging]" in run.stdout and "[gate-closed]" in run.stdout
+    assert fleet.updated() == {"one0", "two0", "two1", "one2", "two2"}
+    assert fleet.record("hv1", "one1")["phase"] == "rolled-back"
+    assert not list(fleet.place.glob("hv3/*/update.json"))
+    ended = recap(run)
+    assert ended["hv1"]["failed"] == 1 and ended["hv3"]["changed"] == 0
+    pids = {name: fleet.guests[name].pid() for name in fleet.updated()}
+
+    for name in slow:
+        del fleet.inventory["hv1"][name]
+    run = fleet.run(batches=[1, 2])
+    assert run.returncode == 0
+    assert fleet.updated() == set(fleet.guests)
+    assert {name: fleet.guests[name].pid() for name in pids} == pids
+    assert "up to date: 5 guests" in run.stdout
+
+
+def test_failures_within_the_budget_stop_nothing_and_fail_the_run(fleet):
+    fleet.host("gone", **OUT_OF_REACH)
+    fleet.host("hv1", "one", live_update_pause_limit=0.000001)
+    fleet.host("hv2", "two")
+    run = fleet.run(batches=[1])
+    assert run.returncode == 2
+    assert "[fleet-not-ready]" in run.stdout and "gone: " in run.stdout
+    assert fleet.updated() == set()
+    run = fleet.run(batches=[1], failure_budget=1)
+    assert run.returncode == 2
+    assert fleet.updated() == {"two"}
+    assert "[pause-limit]" in run.stdout and "[gate-closed]" not in run.stdout
+    ended = recap(run)
+    assert (ended["hv1"]["failed"], ended["hv2"]["failed"], ended["gone"]["failed"]) == (1, 0, 1)
+
+
+def test_nothing_begins_as_long_as_one_guest_is_refused(fleet):
+    fleet.host("hv0", "fine")
+    fleet.host("hv1", "busy")
+    with fleet.guests["busy"].qmp():  # somebody else is at its monitor
+        run = fleet.run()
+        assert run.returncode == 2
+        assert "[fleet-not-ready]" in run.stdout and "[monitor-busy]" in run.stdout
+        assert fleet.guests["fine"].version().startswith("10.0.")
+        run = fleet.run(skip_blocked=True)
+        assert run.returncode == 0
+    assert fleet.updated() == {"fine"}
+
+
+def test_a_query_chooses_the_guests(fleet):
+    fleet.host("hv0", "web0", "db0")
+    fleet.host("hv1", "web1", "db1")
+    run = fleet.run(guest_query="[?starts_with(name, 'web') && host != 'hv1' && machine_type != 'none']")
+    assert run.returncode == 0
+    assert fleet.updated() == {"web0"}
+    run = fleet.run(guest_query="[?starts_with(name")
+    assert run.returncode == 2
+    assert "is no JMESPath expression" in run.stdout
+    run = fleet.run(guest_query="[].name")
+    assert run.returncode == 2
+    assert "must return guests" in run.stdout
+
+
+def test_guests_with_one_label_are_not_updated_at_once(fleet):
+    for number in range(3):
+        fleet.host(f"hv{number}", f"a{number}", f"b{number}", live_update_labels={f"a{number}": "a"})
+    run = fleet.run(batches=[3])
+    assert run.returncode == 0
+    assert fleet.updated() == set(fleet.guests)
+    spans = []
+    for number in range(3):
+        record = fleet.record(f"hv{number}", f"a{number}")
+        spans.append((record["changed_at"] - sum(record["durations_ms"].values()) / 1000, record["changed_at"]))
+    spans.sort()
+    assert all(before[1] <= after[0] for before, after in zip(spans, spans[1:]))
+
+
+def test_pauses_and_health_are_judged(fleet):
+    for number in range(3):
+        fleet.host(f"hv{number}", f"one{number}")
+    run = fleet.run(pause_budget={"p50": 0.001}, batches=[1])
+    assert run.returncode == 2
+    assert "live_update_pause_budget" in run.stdout
+    assert fleet.updated() == {"one0"}
+    run = fleet.run(health_command="echo the fan stands still; false", batches=[1])
+    assert run.returncode == 2
+    assert "hv1: live_update_health_command failed: the fan stands still" in run.stdout
+    assert fleet.updated() == {"one0", "one1"}
+    run = fleet.run(batches=[1], until="2026-01-01T00:00")
+    assert run.returncode == 0
+    assert "not begun" in run.stdout
+    assert fleet.updated() == {"one0", "one1"}

@@ -1,0 +1,268 @@
+# Copyright: vmfleet.cpr contributors
+# GNU General Public License v3.0+ (see LICENSE or https://www.gnu.org/licenses/gpl-3.0.txt)
+# SPDX-License-Identifier: GPL-3.0-or-later
+"""Whom a rolling update updates, in which order, and when it stops."""
+
+from __future__ import annotations
+
+import datetime
+import time
+
+import hypothesis
+import pytest
+from ansible.errors import AnsibleFilterError
+from hypothesis import strategies
+
+from ansible_collections.vmfleet.cpr.plugins.plugin_utils import fleet
+
+
+def guest(name, **facts):
+    return {
+        "name": name, "failed": False, "message": f"{name} can go", "phase": None, "up_to_date": False,
+        "verdict": "ready", "reasons": [], "mode": "cpr-transfer", "version": "10.0.2", "wanted_version": "11.1.3",
+        **facts,
+    }  # fmt: skip
+
+
+def host(name, *guests, labels=None, **check):
+    return {"host": name, "check": check or {"guests": list(guests)}, "labels": labels or {}}
+
+
+UNREACHABLE = {"unreachable": True, "msg": "Connection refused"}
+
+
+def test_what_is_done_is_not_done_again_and_what_was_begun_is_ended():
+    plan = fleet.plan(
+        [
+            host("a", guest("done", up_to_date=True, phase="finished"), guest("left")),
+            host("b", guest("done", up_to_date=True)),
+            host(
+                "c",
+                guest("half", verdict="blocked", phase="transferred"),
+                guest("over", up_to_date=True, phase="switched"),
+            ),
+        ]
+    )
+    assert plan["pending"] == {"a": ["left"], "c": ["half", "over"]}
+    assert plan["up_to_date"] == 2
+    assert plan["obstacles"] == []
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        (host("a", guest("x", verdict="blocked", message="no way")), "a: x: no way"),
+        (host("a", guest("x", failed=True, message="busy")), "a: x: busy"),
+        (host("a", failed=True, msg="no binary"), "a: no binary"),
+    ],
+)
+def test_what_the_check_refuses_is_an_obstacle_unless_it_is_to_be_left_out(item, said):
+    hosts = [item, host("b", guest("y"))]
+    assert fleet.plan(hosts)["obstacles"] == [said]
+    plan = fleet.plan(hosts, skip_blocked=True)
+    assert plan["obstacles"] == [] and plan["pending"] == {"b": ["y"]}
+    assert f"refused: {said}" in fleet.summary(plan)
+
+
+@pytest.mark.parametrize(("budget", "stops"), [(0, True), (1, False), ("24%", True), ("25%", False), ("0", True)])
+def test_hosts_out_of_reach_count_against_the_budget(budget, stops):
+    hosts = [host("gone", **UNREACHABLE), *(host(name, guest("x")) for name in "abc")]
+    plan = fleet.plan(hosts, failure_budget=budget, skip_blocked=True)
+    assert bool(plan["obstacles"]) == stops
+    assert list(plan["pending"]) == ["a", "b", "c"]
+    assert "gone" in " ".join(fleet.status(hosts))
+
+
+@pytest.mark.parametrize("budget", ["some", "-1", "5 %%", None])
+def test_a_budget_that_is_none_is_refused(budget):
+    with pytest.raises(AnsibleFilterError, match="live_update_failure_budget"):
+        fleet.allowed(budget, 10)
+
+
+def test_a_query_sees_hosts_and_labels():
+    hosts = [host("a", guest("x"), guest("y"), labels={"x": "db", "y": ["web", "db"]}), host("b", guest("x"))]
+
+    def pending(query):
+        return fleet.plan(hosts, query=query)["pending"]
+
+    assert pending("[?contains(labels, 'db')]") == {"a": ["x", "y"]}
+    assert pending("[?host == 'b']") == {"b": ["x"]}
+    assert pending("reverse(@)") == {"a": ["y", "x"], "b": ["x"]}
+    assert pending("[]") == {"a": ["x", "y"], "b": ["x"]}
+    assert pending("[?false]") == {}
+    assert fleet.plan(hosts, query="[?name == 'y']")["left_out"] == 2
+
+
+@pytest.mark.parametrize("query", ["[?", "[].name", "length(@)", "[].{host: host, name: 'z'}"])
+def test_a_query_that_returns_no_guests_is_refused(query):
+    with pytest.raises(AnsibleFilterError, match="live_update_guest_query"):
+        fleet.plan([host("a", guest("x"))], query=query)
+
+
+@pytest.mark.parametrize(
+    ("number", "batches", "sizes"),
+    [
+        (20, [1, "10%", "25%"], [1, 2, 5, 5, 5, 2]),
+        (3, [1, "10%", "25%"], [1, 1, 1]),
+        (4, [1, 2], [1, 2, 1]),
+        (5, ["100%"], [5]),
+        (3, [0], [3]),
+        (0, [1], []),
+    ],
+)
+def test_batches_are_those_of_serial(number, batches, sizes):
+    hosts = [f"h{index}" for index in range(number)]
+    found = fleet.split(hosts, batches)
+    assert [len(batch) for batch in found] == sizes
+    assert sum(found, []) == hosts
+
+
+LABELS = strategies.lists(strategies.sampled_from("abc"), max_size=2)
+
+
+@hypothesis.given(strategies.lists(strategies.lists(LABELS, max_size=3), max_size=4))
+def test_no_round_has_a_label_on_two_hosts_and_nobody_is_forgotten(labels):
+    hosts = [
+        host(f"h{number}", *(guest(f"g{index}") for index in range(len(of_guests))),
+             labels={f"g{index}": of_guest for index, of_guest in enumerate(of_guests)})
+        for number, of_guests in enumerate(labels)
+    ]  # fmt: skip
+    plan = fleet.plan(hosts)
+    rounds = fleet.rounds(plan, list(plan["pending"]))
+    done = [(name, item) for found in rounds for name, items in found.items() for item in items]
+    assert sorted(done) == sorted((name, item) for name, items in plan["pending"].items() for item in items)
+    for found in rounds:
+        where: dict[str, str] = {}
+        for name, items in found.items():
+            for label in {label for item in items for label in plan["labels"][name][item]}:
+                assert where.setdefault(label, name) == name
+    if not any(sum(labels, [])):
+        assert len(rounds) <= 1
+
+
+def outcome(name, *guests, wanted=None, **more):
+    return {
+        "host": name, "wanted": wanted or [item["name"] for item in guests], "found": {"guests": list(guests)},
+        "health": {}, "messages": [], **more,
+    }  # fmt: skip
+
+
+def moved(name, pause=5.0, **facts):
+    return guest(name, up_to_date=True, phase="finished", pause_ms=pause, run_state="running", **facts)
+
+
+def test_a_batch_in_which_all_is_well_passes():
+    verdict = fleet.gate([outcome("a", moved("x"), moved("y", None))], ["a"], pause_budget={"p50": 5, "largest": 5})
+    assert verdict["passed"] and verdict["reasons"] == [] and verdict["failures"] == []
+    assert (verdict["updated"], verdict["tried"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (
+            guest("x", run_state="running", phase="rolled-back"),
+            "It runs on QEMU 10.0.2 still; its update is rolled-back.",
+        ),
+        (moved("x") | {"phase": "switched"}, "its update is switched"),
+        (moved("x") | {"run_state": "guest-panicked"}, "guest-panicked"),
+        (guest("x", failed=True, message="monitor-busy"), "monitor-busy"),
+        (moved("other"), "It is gone."),
+    ],
+)
+def test_a_guest_that_is_not_well_on_the_new_qemu_is_a_failure(found, said):
+    outcomes = [outcome("a", found, wanted=["x"])]
+    verdict = fleet.gate(outcomes, ["a"])
+    assert not verdict["passed"]
+    assert [failure["guest"] for failure in verdict["failures"]] == ["x"]
+    assert said in verdict["failures"][0]["message"]
+    assert fleet.gate(outcomes, ["a"], failure_budget=1)["passed"]
+    assert fleet.gate(outcomes, ["a"], failure_budget="100%")["passed"]
+    assert not fleet.gate(outcomes, ["a"], failure_budget="99%")["passed"]
+
+
+def test_why_a_guest_failed_is_said_and_a_host_that_went_away_counts():
+    outcomes = [
+        outcome("a", guest("x", run_state="running"), messages=["x: too slow [pause-limit]"]),
+        outcome("b", wanted=["y", "z"], found=UNREACHABLE),
+    ]
+    verdict = fleet.gate(outcomes, ["b"])
+    assert [failure["message"] for failure in verdict["failures"]] == [
+        "x: too slow [pause-limit]", "Connection refused", "Connection refused",
+    ]  # fmt: skip
+    plan = fleet.plan([host("a", guest("x")), host("b", guest("y"), guest("z")), host("c", guest("w"))])
+    assert [line.split()[:4] for line in fleet.report(plan, outcomes)[1:]] == [
+        ["a", "0", "1", "0"], ["b", "0", "2", "0"], ["c", "0", "0", "1"],
+    ]  # fmt: skip
+
+
+def test_only_this_batch_s_pauses_and_health_count():
+    outcomes = [
+        outcome("a", moved("x", 900.0), health={"rc": 1}),
+        outcome("b", *(moved(f"g{number}", float(number)) for number in range(1, 101))),
+    ]
+    budget = {"p50": 50, "p99": 99, "largest": 100}
+    verdict = fleet.gate(outcomes, ["b"], pause_budget=budget)
+    assert verdict["passed"]
+    assert verdict["pauses_ms"] == {"p50": 50.0, "p99": 99.0, "largest": 100.0, "slowest": "b: g100"}
+    for name in budget:
+        verdict = fleet.gate(outcomes, ["b"], pause_budget={name: budget[name] - 1})
+        assert len(verdict["reasons"]) == 1 and f"The {name} of" in verdict["reasons"][0]
+    verdict = fleet.gate(outcomes, ["a"], pause_budget=budget)
+    assert len(verdict["reasons"]) == 4 and "health" in verdict["reasons"][-1]
+
+
+@pytest.mark.parametrize(
+    ("health", "said"),
+    [
+        ({"rc": 3, "stdout": "one\ntwo", "stderr": ""}, "two"),
+        ({"rc": 3, "stdout": "", "stderr": ""}, "exit status 3"),
+        (UNREACHABLE, "Connection refused"),
+    ],
+)
+def test_a_host_that_is_not_well_says_so(health, said):
+    verdict = fleet.gate([outcome("a", moved("x"), health=health)], ["a"])
+    assert verdict["reasons"] == [f"a: live_update_health_command failed: {said}"]
+
+
+def test_a_window_ends_at_the_next_such_time():
+    begun = datetime.datetime(2026, 11, 23, 23, 0)
+
+    def ends(until):
+        return datetime.datetime.fromtimestamp(fleet.deadline(until, begun.timestamp()))
+
+    assert ends("23:30") == datetime.datetime(2026, 11, 23, 23, 30)
+    assert ends("5:30") == datetime.datetime(2026, 11, 24, 5, 30)
+    assert ends("2026-11-25T01:00") == datetime.datetime(2026, 11, 25, 1, 0)
+    assert fleet.deadline("2026-11-25T01:00+00:00", 0) == 1795568400
+    assert fleet.deadline("", time.time()) is None
+
+
+@pytest.mark.parametrize("until", ["25:00", "tomorrow", "5"])
+def test_a_time_that_is_none_is_refused(until):
+    with pytest.raises(AnsibleFilterError, match="live_update_until"):
+        fleet.deadline(until, 0)
+
+
+def test_the_table_says_of_every_guest_what_is_the_matter():
+    reasons = [{"severity": "blocker", "message": "Has a pipe.", "code": "pipe", "hint": ""}]
+    lines = fleet.status(
+        [
+            host(
+                "a", guest("x"), guest("yy", up_to_date=True), guest("z", verdict="blocked", reasons=reasons, mode=None)
+            ),
+            host("b", guest("w", verdict="warning", reasons=reasons), guest("v", phase="set-up")),
+            host("c", guests=[]),
+            host("d", failed=True, msg="no binary"),
+        ]
+    )
+    assert lines[0].split() == ["host", "guest", "runs", "wanted", "state"]
+    assert lines[1:4] == [
+        "a     x      10.0.2  11.1.3  ready, by cpr-transfer",
+        "a     yy     10.0.2  11.1.3  up to date",
+        "a     z      10.0.2  11.1.3  Has a pipe. [pipe]",
+    ]
+    assert [line.split("  ")[-1].strip() for line in lines[4:]] == [
+        "ready, by cpr-transfer, with a warning: Has a pipe. [pipe]", "begun: its update is set-up", "no guests",
+        "no binary",
+    ]  # fmt: skip
