@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import json
+import os
 
+import ansible_runner
 import pytest
 
 from tests.guests.ansible import HYPERVISOR_PYTHON, playbook
-from tests.guests.guest import NEW_SUITE, OLD_SUITE, qemu
+from tests.guests.guest import NEW_SUITE, OLD_SUITE, TOP, qemu
 
 OUT_OF_REACH = {"ansible_connection": "ssh", "ansible_host": "127.0.0.1", "ansible_port": 1}
 
@@ -114,7 +116,8 @@ def test_the_gate_stops_after_a_failure_and_the_next_run_does_the_rest(fleet):
     assert fleet.record("hv1", "one1")["phase"] == "rolled-back"
     assert not list(fleet.place.glob("hv3/*/update.json"))
     ended = recap(run)
-    assert ended["hv1"]["failed"] == 1 and ended["hv3"]["changed"] == 0
+    assert {name: host["failed"] for name, host in ended.items()} == {"hv0": 0, "hv1": 1, "hv2": 0, "hv3": 0}
+    assert ended["hv3"]["changed"] == 0
     pids = {name: fleet.guests[name].pid() for name in fleet.updated()}
 
     for name in slow:
@@ -198,3 +201,42 @@ def test_pauses_and_health_are_judged(fleet):
     assert run.returncode == 0
     assert "not begun" in run.stdout
     assert fleet.updated() == {"one0", "one1"}
+
+
+def test_ansible_runner_drives_it_as_awx_does(fleet, tmp_path):
+    """AWX and execution environments run playbooks by ansible-runner, and show its events and its status."""
+    fleet.host("hv0", "one0")
+    fleet.host("hv1", "one1", live_update_pause_limit=0.000001)
+    (tmp_path / "runner").mkdir()
+
+    def run(**variables):
+        return ansible_runner.run(
+            private_data_dir=str(tmp_path / "runner"),
+            playbook="vmfleet.cpr.rolling_update",
+            inventory={"all": {"hosts": fleet.inventory}},
+            extravars={"live_update_qemu_binary": qemu(NEW_SUITE), "live_update_soak": 0, **variables},
+            envvars={"PATH": f"{TOP}/.venv/bin:{os.environ['PATH']}"},
+            quiet=True,
+        )
+
+    def events(done, kind, task):
+        return {
+            event["event_data"]["host"]: event["event_data"]["res"]
+            for event in done.events
+            if event["event"] == kind and event["event_data"]["task"] == task
+        }
+
+    done = run()
+    assert (done.status, done.rc) == ("failed", 2), done.stdout.read()
+    assert fleet.updated() == {"one0"}
+    resumed = events(done, "runner_on_ok", "Switch to the new QEMU")
+    assert resumed["hv0"]["guests"][0]["pause_ms"] > 0
+    assert resumed["hv1"]["guests"][0]["error"]["code"] == "pause-limit"
+    assert set(events(done, "runner_on_failed", "Fail for this host's failures")) == {"hv1"}
+    assert (done.stats["ok"]["hv0"] > 0, done.stats["failures"]) == (True, {"hv1": 1})
+
+    del fleet.inventory["hv1"]["live_update_pause_limit"]
+    done = run()
+    assert (done.status, done.rc, done.stats["failures"]) == ("successful", 0, {}), done.stdout.read()
+    assert fleet.updated() == {"one0", "one1"}
+    assert done.stats["changed"] == {"hv1": done.stats["changed"]["hv1"]}
