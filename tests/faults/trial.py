@@ -152,7 +152,7 @@ def run_trial(seed: int) -> Result:
     guest = boot_sector_guest(
         f"fault{seed}-{os.getpid()}", directory / "guest", more=more, memory=_memory(mode, directory)
     )
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "faults", str(state)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "faults", str(state)], check=True)
     try:
         guest.start(qemu(OLD_SUITE))
         guest.wait_for_ticks(3)

@@ -219,10 +219,16 @@ async def inspect(qemu: QemuProcess, state_directory: str) -> Inspection:
     return inspection
 
 
+# Bytes of the file of ``cpr-reboot`` beside the guest's RAM: some 300 KB, and the memory of a display, mostly 16 MiB.
+_DEVICES_STATE = 20 << 20
+
+
 def _look_for_room(inspection: Inspection, state_directory: str) -> None:
     inspection.state_in_memory = resources.file_system(state_directory) in ("tmpfs", "ramfs")
     for mode in MODES:
-        written = inspection.observation.writes_its_memory if inspection.observation and mode == CPR_REBOOT else 0
+        written = 0
+        if inspection.observation and mode == CPR_REBOOT:
+            written = inspection.observation.writes_its_memory + _DEVICES_STATE
         disk = resources.disk_blockers(state_directory, written)
         # cpr-exec has one QEMU after the other.
         ram = [] if mode == CPR_EXEC else resources.memory_blockers(inspection.demand(mode))
