@@ -133,16 +133,40 @@ def test_failures_within_the_budget_stop_nothing_and_fail_the_run(fleet):
     fleet.host("gone", **OUT_OF_REACH)
     fleet.host("hv1", "one", live_update_pause_limit=0.000001)
     fleet.host("hv2", "two")
-    run = fleet.run(batches=[1])
+    for host in fleet.inventory.values():
+        host["live_update_batches"] = [1]
+    run = fleet.run()
     assert run.returncode == 2
     assert "[fleet-not-ready]" in run.stdout and "gone: " in run.stdout
     assert fleet.updated() == set()
-    run = fleet.run(batches=[1], failure_budget=1)
+    run = fleet.run(failure_budget=1)
     assert run.returncode == 2
     assert fleet.updated() == {"two"}
     assert "[pause-limit]" in run.stdout and "[gate-closed]" not in run.stdout
+    assert run.stdout.count("PLAY [Update one batch of hosts after another]") == 2
     ended = recap(run)
     assert (ended["hv1"]["failed"], ended["hv2"]["failed"], ended["gone"]["failed"]) == (1, 0, 1)
+
+
+@pytest.mark.parametrize("budget", [0, 2])
+def test_a_host_that_is_lost_on_the_way_is_a_failure_and_no_end(fleet, tmp_path, budget):
+    """It goes while the canary is looked at."""
+    link = tmp_path / "link"
+    link.write_text("local")
+    for number in range(3):
+        fleet.host(f"hv{number}", f"one{number}")
+    fleet.inventory["hv0"]["live_update_health_command"] = f"echo ssh >{link}"
+    lost = {**OUT_OF_REACH, "ansible_connection": f"{{{{ lookup('file', '{link}') }}}}"}
+    fleet.inventory["hv1"].update(lost)
+    run = fleet.run(batches=[1], failure_budget=budget)
+    assert run.returncode == 2
+    assert fleet.updated() == ({"one0", "one2"} if budget else {"one0"})
+    assert ("[gate-closed]" in run.stdout) != bool(budget)
+    assert {name: host["failed"] for name, host in recap(run).items()} == {"hv0": 0, "hv1": 1, "hv2": 0}
+    link.write_text("local")
+    fleet.inventory["hv0"]["live_update_health_command"] = ""
+    assert fleet.run(batches=[1]).returncode == 0
+    assert fleet.updated() == set(fleet.guests)
 
 
 def test_nothing_begins_as_long_as_one_guest_is_refused(fleet):
