@@ -239,10 +239,9 @@ def _failures(outcome: Fact) -> list[dict[str, t.Any]]:
     host = outcome["host"]
     if "guests" not in found:
         return [{"host": host, "guest": name, "message": _reason(found)} for name in outcome["wanted"]]
-    guests = {guest["name"]: guest for guest in found["guests"]}
     failures = []
-    for name in outcome["wanted"]:
-        guest = guests.get(name, {"failed": True, "message": "It is gone."})
+    for guest in found["guests"]:
+        name = guest["name"]
         if guest["failed"]:
             message = guest["message"]
         elif not guest["up_to_date"] or guest["phase"] not in ENDED:

@@ -167,7 +167,6 @@ def test_a_batch_in_which_all_is_well_passes():
         (moved("x") | {"phase": "switched"}, "its update is switched"),
         (moved("x") | {"run_state": "guest-panicked"}, "guest-panicked"),
         (guest("x", failed=True, message="monitor-busy"), "monitor-busy"),
-        (moved("other"), "It is gone."),
     ],
 )
 def test_a_guest_that_is_not_well_on_the_new_qemu_is_a_failure(found, said):

@@ -21,15 +21,18 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, T
 async def inspect_all(task: Task) -> list[Outcome]:
     """Look at the guests that were named, or at all that run here.
 
-    :raises CprError: as `qemu_binary.probe` where a binary was given, and as
-        `guests.select`.
+    One that is named and does not run fails alone, with ``guest-not-found``.
+
+    :raises CprError: as `qemu_binary.probe` where a binary was given, and as `guests.select` where none is named.
     """
     path = task.parameters["qemu_binary"]
     binary = await qemu_binary.probe(path) if path else None
-    names, selected = guests.select(task.guests, guests.by_name(process.find(), task.journal))
+    found = guests.by_name(process.find(), task.journal)
+    names = task.guests or guests.select([], found)[0]
 
     async def one(name: str) -> Outcome:
-        inspection = await preflight.inspect(selected[name], task.journal.directory)
+        qemu = guests.select([name], found)[1][name]
+        inspection = await preflight.inspect(qemu, task.journal.directory)
         update = task.journal.load(name)
         return Outcome(
             name, False, _sentence(inspection), update, extra={**_facts(inspection, binary), "copy": _copy(update)}
