@@ -39,6 +39,7 @@ options:
         reported in RV(guests[].message) and in RV(guests[].agreement).
       - The guest will see them, and QEMU may still refuse the guest in the pause. It then goes on in the
         old one.
+      - V(tcg-precopy) is for M(vmfleet.cpr.dest_launch), and says nothing here.
     type: list
     elements: str
     choices:
@@ -49,6 +50,7 @@ options:
       - devices-differ
       - queues-differ
       - firmware-differs
+      - tcg-precopy
     default: []
 author:
   - vmfleet.cpr contributors (@vmfleet)
@@ -147,6 +149,7 @@ def main() -> None:
                     "devices-differ",
                     "queues-differ",
                     "firmware-differs",
+                    "tcg-precopy",
                 ],
                 "default": [],
             }

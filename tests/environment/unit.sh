@@ -26,7 +26,7 @@ if [ ! -f .venv-3.9/complete ]; then
     "$python" -m venv .venv-3.9
     # What runs on a hypervisor needs qemu.qmp only; ansible-core 2.15 is the last for 3.9.
     .venv-3.9/bin/pip install --quiet --disable-pip-version-check \
-        ansible-core==2.15.13 hypothesis==6.141.1 pytest==8.4.2 pytest-timeout==2.4.0 qemu.qmp==0.0.6
+        ansible-core==2.15.13 hypothesis==6.141.1 jmespath==1.1.0 pytest==8.4.2 pytest-timeout==2.4.0 qemu.qmp==0.0.6
     packages=$(.venv-3.9/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
     mkdir -p "$packages/ansible_collections/vmfleet"
     ln -sfn "$top" "$packages/ansible_collections/vmfleet/cpr"

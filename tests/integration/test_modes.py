@@ -179,7 +179,9 @@ def test_the_ram_of_a_guest_without_kvm_is_copied_only_if_its_owner_says_so(star
     for mode in ("auto", "precopy"):
         (outcome,) = host.launch(guest, mode=mode)
         assert outcome.error.code == "tcg-precopy"
-    assert host.until("resume", guest, accept_differences=["tcg-precopy"]).update.mode == "precopy"
+    run = live_update(qemu(NEW_SUITE), host.state, ["emulated"], accept_differences=["tcg-precopy"])
+    assert run.returncode == 0, run.stdout
+    assert host.record(guest)["mode"] == "precopy"
     goes_on(guest)
 
 
