@@ -18,6 +18,8 @@ class FilterModule:
         return {
             "fleet_deadline": fleet.deadline,
             "fleet_gate": fleet.gate,
+            "fleet_lost": fleet.lost,
+            "fleet_outcomes": fleet.outcomes,
             "fleet_plan": fleet.plan,
             "fleet_report": fleet.report,
             "fleet_rounds": fleet.rounds,

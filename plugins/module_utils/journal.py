@@ -354,6 +354,19 @@ class Journal:
         except OSError:
             return []
 
+    def guests_under_way(self) -> list[str]:
+        """The names of those whose update was begun and has not ended, or whose record can't be read."""
+        found = []
+        for name in self.guests():
+            try:
+                update = self.load(name)
+            except CprError:
+                found.append(name)
+            else:
+                if update and update.is_under_way:
+                    found.append(name)
+        return found
+
     def create(self, guest: str) -> Update:
         """An empty record for a new update, not written yet.
 

@@ -92,6 +92,13 @@ options:
       - Migration parameters to set on both QEMUs, with values of QEMU's own types and units.
     type: dict
     default: {}
+  when_refused:
+    description:
+      - What to do where one of the guests can't be updated. V(stop) starts nothing for any, V(go-on) leaves only
+        that one out. It fails in both.
+    type: str
+    choices: [stop, go-on]
+    default: stop
   when_missing:
     description:
       - What to do with a capability or parameter that one of both QEMUs lacks, V(fail) before
@@ -199,6 +206,7 @@ def main() -> None:
             guests={"type": "list", "elements": "str", "default": []},
             qemu_binary={"type": "path", "required": True},
             **mode_argument_spec(),
+            when_refused={"type": "str", "choices": ["stop", "go-on"], "default": "stop"},
             **wishes_argument_spec(),
         ),
         supports_check_mode=True,

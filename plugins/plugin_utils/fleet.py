@@ -9,6 +9,7 @@ Pure functions on what the modules returned of each host. Private to the collect
 from __future__ import annotations
 
 import datetime
+import json
 import re
 import typing as t
 
@@ -26,66 +27,70 @@ Fact = t.Mapping[str, t.Any]
 
 
 def plan(
-    hosts: t.Sequence[Fact],
+    hosts: t.Mapping[str, Fact],
     *,
     query: str = "",
-    batches: t.Sequence[t.Any] = (1,),
+    batches: t.Any = 1,
     failure_budget: t.Any = 0,
     skip_blocked: bool = False,
 ) -> dict[str, t.Any]:
     """Whom to update, from what the check of every host returned.
 
-    :param hosts: of each its ``host``, the result of its ``check`` and the ``labels`` of its guests.
+    :param hosts: of each by its name the result of its ``check`` and the ``labels`` of its guests; nothing of one that
+        failed before it could be checked.
     :param query: a JMESPath expression over the list of all guests that returns some of them; all if empty.
     :param batches: hosts per batch, as Ansible's ``serial`` has them.
     :param failure_budget: how many hosts, or which part of them (``"5%"``), may be out of reach.
     :param skip_blocked: whether guests and hosts that the check refuses are left out.
-    :returns: ``pending``, the guests of each host that are to be updated; their ``labels``; ``batches`` of
-        hosts; the numbers ``up_to_date`` and ``left_out``; ``refused`` and ``unreachable``, a sentence
-        each; ``obstacles``, the sentences for which nothing may begin.
-    :raises AnsibleFilterError: the query or the budget makes no sense.
+    :returns: ``pending``, the guests of each host that are to be updated, with their ``labels`` and ``run_states``;
+        ``batches`` of hosts; the numbers ``up_to_date`` and ``left_out``; ``refused`` and ``unreachable``, a
+        sentence each; ``obstacles``, the sentences for which nothing may begin; ``notes`` on the labels.
+    :raises AnsibleFilterError: the query, the batches, a label or the budget makes no sense.
     """
-    unreachable = {item["host"]: _reason(item["check"]) for item in hosts if item["check"].get("unreachable")}
+    hosts = {host: item or {"check": {"msg": "It failed before it was checked."}} for host, item in hosts.items()}
+    unreachable = {host: _reason(item["check"]) for host, item in hosts.items() if item["check"].get("unreachable")}
     refused: list[dict[str, t.Any]] = []
     guests: list[dict[str, t.Any]] = []
-    for item in hosts:
+    notes = []
+    for host, item in hosts.items():
         check = item["check"]
-        if check.get("unreachable"):
-            continue
         if "guests" not in check:
-            refused.append({"host": item["host"], "guest": None, "message": _reason(check)})
+            if host not in unreachable:
+                refused.append({"host": host, "guest": None, "message": _reason(check)})
             continue
-        for guest in check["guests"]:
-            labels = (item.get("labels") or {}).get(guest["name"], [])
-            labels = [labels] if isinstance(labels, str) else list(labels)
-            guests.append({**guest, "host": item["host"], "labels": labels})
+        labels = {name: _labels(name, value) for name, value in (item.get("labels") or {}).items()}
+        guests += [{**guest, "host": host, "labels": labels.pop(guest["name"], [])} for guest in check["guests"]]
+        notes += [f"{host}: live_update_labels names {name}, which is not there" for name in labels]
     chosen = _query(guests, query)
-    pending: dict[str, list[str]] = {}
-    of_guests: dict[str, dict[str, list[str]]] = {}
+    pending: dict[str, list[dict[str, t.Any]]] = {host: [] for host in hosts}
     up_to_date = 0
     for guest in chosen:
         begun = guest.get("phase") not in ENDED
+        gone = guest["failed"] and guest["error"]["code"] == "guest-not-found"
         if guest.get("up_to_date") and not begun:
             up_to_date += 1
-        elif (guest["failed"] or guest.get("verdict") == "blocked") and not begun:
+        elif gone or (guest["failed"] or guest.get("verdict") == "blocked") and not begun:
             refused.append({"host": guest["host"], "guest": guest["name"], "message": guest["message"]})
         else:
-            pending.setdefault(guest["host"], []).append(guest["name"])
-            of_guests.setdefault(guest["host"], {})[guest["name"]] = guest["labels"]
+            pending[guest["host"]].append(guest)
     # Batches go by the inventory's order whatever the order of the query's answer is.
-    pending = {item["host"]: pending[item["host"]] for item in hosts if item["host"] in pending}
+    pending = {host: found for host, found in pending.items() if found}
     obstacles = [] if skip_blocked else [_sentence(item) for item in refused]
     if len(unreachable) > allowed(failure_budget, len(hosts)):
         obstacles += [f"{host}: {why}" for host, why in unreachable.items()]
     return {
-        "pending": pending,
-        "labels": of_guests,
+        "pending": {host: [guest["name"] for guest in found] for host, found in pending.items()},
+        "labels": {host: {guest["name"]: guest["labels"] for guest in found} for host, found in pending.items()},
+        "run_states": {
+            host: {guest["name"]: guest.get("run_state") for guest in found} for host, found in pending.items()
+        },
         "batches": split(list(pending), batches),
         "up_to_date": up_to_date,
         "left_out": len(guests) - len(chosen),
         "refused": refused,
         "unreachable": unreachable,
         "obstacles": obstacles,
+        "notes": notes,
     }
 
 
@@ -101,9 +106,19 @@ def summary(plan: Fact) -> list[str]:
     lines += [f"up to date: {plan['up_to_date']} guests"]
     if plan["left_out"]:
         lines.append(f"left out by live_update_guest_query: {plan['left_out']} guests")
+    lines += plan["notes"]
     lines += [f"refused: {_sentence(item)}" for item in plan["refused"]]
     lines += [f"unreachable: {host}: {why}" for host, why in plan["unreachable"].items()]
     return lines
+
+
+def _labels(guest: str, value: t.Any) -> list[str]:
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
+        raise AnsibleFilterError(
+            f"live_update_labels has {value!r} for {guest}, and must have a label or a list of labels."
+        )
+    return [str.__str__(item) for item in values]
 
 
 def _reason(result: Fact) -> str:
@@ -120,9 +135,10 @@ def _query(guests: list[dict[str, t.Any]], query: str) -> list[dict[str, t.Any]]
     if jmespath is None:
         raise AnsibleFilterError("live_update_guest_query needs jmespath on the control node: pip install jmespath.")
     try:
-        answer = jmespath.search(query, guests)
+        # Its functions take no strings of Ansible's, which are of a type of their own.
+        answer = jmespath.search(query, json.loads(json.dumps(guests)))
     except jmespath.exceptions.JMESPathError as error:
-        raise AnsibleFilterError(f"live_update_guest_query is no JMESPath expression: {error}") from error
+        raise AnsibleFilterError(f"live_update_guest_query can't be used: {error}") from error
     by_key = {(guest["host"], guest["name"]): guest for guest in guests}
     try:
         keys = dict.fromkeys((item["host"], item["name"]) for item in answer)
@@ -134,39 +150,73 @@ def _query(guests: list[dict[str, t.Any]], query: str) -> list[dict[str, t.Any]]
         ) from None
 
 
-def split(hosts: list[str], batches: t.Sequence[t.Any]) -> list[list[str]]:
-    """The hosts in batches, as Ansible's ``serial`` makes them; a percentage is of all of them."""
-    found = []
+def split(hosts: list[str], batches: t.Any) -> list[list[str]]:
+    """The hosts in batches, as Ansible's ``serial`` makes them; a percentage is of all of them.
+
+    :raises AnsibleFilterError: a size is neither a number nor a percentage.
+    """
+    sizes = batches if isinstance(batches, list) else [batches]
+    for size in sizes:
+        if not re.fullmatch(r"\d+%?", str(size).strip()):
+            raise AnsibleFilterError(
+                f"live_update_batches has {size}, and must have numbers of hosts or percentages like 10%."
+            )
+    found: list[list[str]] = []
     rest = list(hosts)
     while rest:
-        size = batches[min(len(found), len(batches) - 1)] if batches else 0
-        size = pct_to_int(size, len(hosts)) or len(rest)
-        found.append(rest[:size])
-        rest = rest[size:]
+        size = str(sizes[min(len(found), len(sizes) - 1)]).strip() if sizes else "0"
+        number = pct_to_int(size, len(hosts)) or len(rest)
+        found.append(rest[:number])
+        rest = rest[number:]
     return found
 
 
-def rounds(plan: Fact, hosts: t.Sequence[str]) -> list[dict[str, list[str]]]:
+def rounds(plan: Fact, hosts: t.Sequence[str], lost: t.Container[str] = ()) -> list[dict[str, list[str]]]:
     """A batch's guests, so that none with the same label are updated at once on different hosts.
 
     :param plan: as `plan` returned it.
     :param hosts: the batch.
+    :param lost: hosts that did not answer in the middle of an update. It may go on there, so guests with a label of one
+        of theirs are left out.
     :returns: one after another, the guests of each host that can be updated side by side.
     """
     found: list[dict[str, list[str]]] = []
-    taken: list[dict[str, str]] = []
+    # One more at the front, in which nobody goes: the labels of the lost.
+    taken: list[dict[str, str | None]] = [{}]
+    for host, of_guests in plan["labels"].items():
+        if host in lost:
+            taken[0].update(dict.fromkeys(sum(of_guests.values(), []), host))
     for host in hosts:
         for guest in plan["pending"].get(host, ()):
             labels = plan["labels"][host][guest]
-            number = 0
+            if host in lost or any(label in taken[0] for label in labels):
+                continue
+            number = 1
             while number < len(taken) and any(taken[number].get(label, host) != host for label in labels):
                 number += 1
-            if number == len(found):
+            if number == len(taken):
                 found.append({})
                 taken.append({})
-            found[number].setdefault(host, []).append(guest)
+            found[number - 1].setdefault(host, []).append(guest)
             taken[number].update(dict.fromkeys(labels, host))
     return found
+
+
+def outcomes(noted: t.Sequence[Fact], hosts: t.Sequence[str], plan: Fact) -> list[dict[str, t.Any]]:
+    """What became of every host of a batch.
+
+    :param noted: what was noted of each; nothing of one that failed before.
+    """
+    return [
+        {"found": {"msg": "It failed before its guests could be looked at."}, **item, "host": host,
+         "wanted": plan["pending"][host], "was": plan["run_states"][host]}
+        for host, item in zip(hosts, noted)
+    ]  # fmt: skip
+
+
+def lost(outcomes: t.Sequence[Fact]) -> list[str]:
+    """The hosts of which it is not known whether an update still goes on there."""
+    return [outcome["host"] for outcome in outcomes if "guests" not in outcome["found"]]
 
 
 def gate(
@@ -178,8 +228,9 @@ def gate(
 ) -> dict[str, t.Any]:
     """Whether to go on after a batch.
 
-    :param outcomes: of each host so far its ``host``, the guests that were ``wanted`` on the new QEMU, the result of
-        the look at them (``found``), the result of the ``health`` command, and ``messages`` of what failed.
+    :param outcomes: of each host so far its ``host``, the guests that were ``wanted`` on the new QEMU and their run states
+        before (``was``), the result of the look at them (``found``), the result of the ``health`` command, and
+        ``messages`` of what failed.
     :param batch: the hosts of this batch, whose pauses and health count.
     :param failure_budget: how many failures there may be so far, or which part of the guests (``"5%"``).
     :param pause_budget: milliseconds for ``p50``, ``p99`` and ``largest``.
@@ -188,13 +239,7 @@ def gate(
     """
     failures = [failure for outcome in outcomes for failure in _failures(outcome)]
     tried = sum(len(outcome["wanted"]) for outcome in outcomes)
-    pauses = sorted(
-        (guest["pause_ms"], f"{outcome['host']}: {guest['name']}")
-        for outcome in outcomes
-        if outcome["host"] in batch
-        for guest in outcome["found"].get("guests", ())
-        if guest["name"] in outcome["wanted"] and guest.get("up_to_date") and guest.get("pause_ms") is not None
-    )
+    pauses = sorted(pause for outcome in outcomes if outcome["host"] in batch for pause in _pauses(outcome))
     measured: dict[str, t.Any] = {}
     if pauses:
         figures = [pause for pause, dummy in pauses]
@@ -205,10 +250,10 @@ def gate(
     if len(failures) > limit:
         reasons.append(f"{len(failures)} failed, and live_update_failure_budget allows {limit} of {tried} guests.")
     for name, most in (pause_budget or {}).items():
-        if measured.get(name, 0) > most:
+        if measured.get(name, 0) > float(most):
             reasons.append(
-                f"The {name} of this batch's pauses is {measured[name]:.1f} ms, and live_update_pause_budget allows {most:g};"
-                f" the longest was that of {measured['slowest']}."
+                f"The {name} of this batch's pauses is {measured[name]:.1f} ms, and live_update_pause_budget allows"
+                f" {float(most):g}; the longest was that of {measured['slowest']}."
             )
     for outcome in outcomes:
         if outcome["host"] in batch and _is_unwell(outcome):
@@ -218,14 +263,24 @@ def gate(
         "reasons": reasons,
         "failures": failures,
         "pauses_ms": measured,
-        "updated": tried - sum(1 for failure in failures if failure["guest"]),
+        "updated": tried - len(failures),
         "tried": tried,
     }
 
 
+def _pauses(outcome: Fact) -> list[tuple[float, str]]:
+    """How long each guest that went stood still, milliseconds, and whose that is."""
+    return [
+        (guest["pause_ms"], f"{outcome['host']}: {guest['name']}")
+        for guest in outcome["found"].get("guests", ())
+        if guest["name"] in outcome["wanted"] and guest.get("up_to_date") and guest.get("pause_ms") is not None
+    ]
+
+
 def _is_unwell(outcome: Fact) -> bool:
-    health = outcome.get("health") or {}
-    return bool(health.get("rc")) or bool(health.get("unreachable"))
+    """Whether the command failed, or could not be asked."""
+    health = outcome.get("health") or {"skipped": True}
+    return not health.get("skipped") and health.get("rc") != 0
 
 
 def _said(result: Fact) -> str:
@@ -235,24 +290,29 @@ def _said(result: Fact) -> str:
 
 
 def _failures(outcome: Fact) -> list[dict[str, t.Any]]:
-    found = outcome["found"]
-    host = outcome["host"]
-    if "guests" not in found:
-        return [{"host": host, "guest": name, "message": _reason(found)} for name in outcome["wanted"]]
+    guests = {guest["name"]: guest for guest in outcome["found"].get("guests", ())}
     failures = []
-    for guest in found["guests"]:
-        name = guest["name"]
-        if guest["failed"]:
-            message = guest["message"]
-        elif not guest["up_to_date"] or guest["phase"] not in ENDED:
-            said = [text for text in outcome.get("messages") or () if f"{name}:" in text]
-            message = said[0] if said else f"It runs on QEMU {guest['version']} still; its update is {guest['phase']}."
-        elif guest["run_state"] not in ("running", "paused", "suspended"):
-            message = f"It runs on the new QEMU, and is {guest['run_state']}."
-        else:
-            continue
-        failures.append({"host": host, "guest": name, "message": message})
+    for name in outcome["wanted"]:
+        message = _trouble(outcome, name, guests.get(name))
+        if message:
+            failures.append({"host": outcome["host"], "guest": name, "message": message})
     return failures
+
+
+def _trouble(outcome: Fact, name: str, guest: Fact | None) -> str | None:
+    """What is the matter with a guest, or None."""
+    if guest is None:
+        return " ".join([*(outcome.get("messages") or ()), _reason(outcome["found"])])
+    if guest["failed"]:
+        return str(guest["message"])
+    if not guest["up_to_date"] or guest["phase"] not in ENDED:
+        # What failed says whom it is about; what concerns the whole host does not.
+        said = outcome.get("messages") or ()
+        own = [text for text in said if re.search(rf"(^|\s){re.escape(name)}:", text)]
+        return (own or [*said, f"It runs on QEMU {guest['version']} still; its update is {guest['phase']}."])[0]
+    if guest["run_state"] not in ("running", outcome.get("was", {}).get(name)):
+        return f"It runs on the new QEMU, and is {guest['run_state']}."
+    return None
 
 
 def allowed(budget: t.Any, whole: int) -> int:
@@ -300,7 +360,7 @@ def deadline(until: str, begun: float) -> float | None:
         return datetime.datetime.fromisoformat(text).timestamp()
     except ValueError:
         raise AnsibleFilterError(
-            f"live_update_until is {text}, and must be a time like 05:30 or like 2026-11-24T05:30."
+            f"live_update_until is {text}, and must be a time in quotes, like '05:30' or '2026-11-24T05:30'."
         ) from None
 
 
@@ -311,21 +371,21 @@ def table(rows: t.Sequence[t.Sequence[t.Any]], head: t.Sequence[str]) -> list[st
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines]
 
 
-def status(hosts: t.Sequence[Fact]) -> list[str]:
+def status(hosts: t.Mapping[str, Fact]) -> list[str]:
     """A table of every guest: its host, its name, the version that it runs and the wanted one, whether it is ready.
 
     :param hosts: as for `plan`.
     """
     rows: list[list[t.Any]] = []
-    for item in hosts:
-        check = item["check"]
+    for host, item in hosts.items():
+        check = item["check"] if item else {"msg": "It failed before it was checked."}
         if "guests" not in check:
             how = "unreachable: " if check.get("unreachable") else ""
-            rows.append([item["host"], "-", "-", "-", how + _reason(check)])
+            rows.append([host, "-", "-", "-", how + _reason(check)])
         for guest in check.get("guests", ()):
-            rows.append([item["host"], guest["name"], guest.get("version"), guest.get("wanted_version"), _state(guest)])
+            rows.append([host, guest["name"], guest.get("version"), guest.get("wanted_version"), _state(guest)])
         if not check.get("guests", True):
-            rows.append([item["host"], "-", "-", "-", "no guests"])
+            rows.append([host, "-", "-", "-", "no guests"])
     return table(rows, ["host", "guest", "runs", "wanted", "state"])
 
 
@@ -354,17 +414,11 @@ def report(plan: Fact, outcomes: t.Sequence[Fact]) -> list[str]:
         if host not in tried:
             rows.append([host, 0, 0, len(names), "", "not begun"])
             continue
-        failures = _failures(tried[host])
-        pauses = [
-            guest["pause_ms"]
-            for guest in tried[host]["found"].get("guests", ())
-            if guest["name"] in names and guest.get("up_to_date") and guest.get("pause_ms") is not None
-        ]
-        failed = ", ".join(failure["guest"] for failure in failures)
+        failed = [failure["guest"] for failure in _failures(tried[host])]
+        pauses = [pause for pause, dummy in _pauses(tried[host])]
         longest = f"{max(pauses):.1f}" if pauses else ""
-        rows.append(
-            [host, len(names) - len(failures), len(failures), 0, longest, f"failed: {failed}" if failed else ""]
-        )
+        said = f"failed: {', '.join(failed)}" if failed else ""
+        rows.append([host, len(names) - len(failed), len(failed), 0, longest, said])
     rows += [[host, 0, 0, "?", "", f"unreachable: {why}"] for host, why in plan["unreachable"].items()]
     rows += [
         [item["host"], 0, 0, 1 if item["guest"] else "?", "", _sentence({**item, "host": None})]

@@ -11,8 +11,9 @@ import pathlib
 import signal
 import subprocess
 import tempfile
+import zlib
 
-from tests.guests.guest import CACHE, is_alive, wait_until
+from tests.guests.guest import CACHE, command_line_of, is_alive, wait_until
 
 # Its own view of cgroup2, since this machine may have version 1, and a cgroup of its own in it.
 _BOOT = """
@@ -31,43 +32,76 @@ _ENVIRONMENT = ["env", "-i", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root",
 class Machine:
     """A machine of its own. What it writes goes with it, but for the shared directory.
 
+    All that is known of it lies there, so that it can be found again, and ended, by another process than
+    the one that started it.
+
     :param shared: a directory that it sees at the same path.
     """
 
     def __init__(self, name: str, shared: pathlib.Path) -> None:
-        self.name = f"{name}-{os.getpid()}"
+        self.name = name
         self.shared = shared
+        # No other checkout has one of that name, and nobody but this directory's owner ends it.
+        self._unique_name = f"{name}-{zlib.crc32(str(shared).encode()):08x}"
+        self._pid_file = shared / f"{name}.pid"
         self._process: subprocess.Popen[bytes] | None = None
-        self.leader = 0
 
     def start(self) -> Machine:
-        """Boot it, and wait until systemd is up."""
-        log = open(self.shared / f"{self.name}.log", "wb")
+        """Boot it, detached, and wait until systemd is up."""
+        assert not self.pid(), f"{self.name} runs already"
+        self.shared.mkdir(parents=True, exist_ok=True)
+        log = open(self._log, "wb")
         self._process = subprocess.Popen(
             [
-                "unshare", "-m", "--propagation", "private", "sh", "-c", _BOOT, "sh", self.name,
-                str(CACHE / "machine" / "nspawn"), "-q", "-D", str(CACHE / "machine" / "root"), "-M", self.name,
-                "--register=no", "--keep-unit", "--link-journal=no", "--console=pipe", "--volatile=overlay",
-                "--private-network", f"--bind={self.shared}", f"--bind-ro={CACHE}", "-b",
+                "unshare", "-m", "--propagation", "private", "sh", "-c", _BOOT, "sh", self._unique_name,
+                str(CACHE / "machine" / "nspawn"), "-q", "-D", str(CACHE / "machine" / "root"),
+                "-M", self._unique_name, f"--hostname={self.name}",
+                "--register=no", "--keep-unit", "--link-journal=no", "--console=pipe",
+                # Several have the same root: what one writes is its own, and it is to take no lock.
+                "--volatile=overlay", "--read-only",
+                "--private-network", f"--bind={self.shared}", f"--bind-ro={CACHE}",
+                *(["--bind=/dev/kvm"] if os.path.exists("/dev/kvm") else []), "-b",
             ],
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
         log.close()
-        self.leader = wait_until(self._find_leader, "the machine's systemd answers")
+        self._pid_file.write_text(f"{self._process.pid}\n", encoding="utf-8")
+        wait_until(self._has_booted, "the machine's systemd answers")
         # "degraded" is up too, and has the exit status 1.
         self.run("systemctl", "is-system-running", "--wait", check=False)
         return self
 
-    def _find_leader(self) -> int:
+    @property
+    def _log(self) -> pathlib.Path:
+        return self.shared / f"{self.name}.log"
+
+    def pid(self) -> int:
+        """Its systemd-nspawn, 0 if it is off."""
+        try:
+            pid = int(self._pid_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return 0
+        # The file outlives one that was killed, and its number may be another's by then.
+        return pid if self._unique_name in command_line_of(pid) and is_alive(pid) else 0
+
+    @property
+    def leader(self) -> int:
+        """The pid on this machine of its systemd, 0 if there is none."""
+        pid = self.pid()
+        with contextlib.suppress(OSError, IndexError):
+            return int(pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()[0])
+        return 0
+
+    def address(self) -> str:
+        """The path that leads to its SSH, as root, with the key ``.cache/machine/id_ed25519``."""
+        return f"/proc/{self.leader}/root/run/ssh-unix-local/socket"
+
+    def _has_booted(self) -> bool:
         assert self._process is not None
         if self._process.poll() is not None:
-            raise RuntimeError((self.shared / f"{self.name}.log").read_text(errors="replace"))
-        pid = self._process.pid
-        with contextlib.suppress(OSError, IndexError):
-            leader = int(pathlib.Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
-            if pathlib.Path(f"/proc/{leader}/root/run/systemd/private").exists():
-                return leader
-        return 0
+            raise RuntimeError(self._log.read_text(encoding="utf-8", errors="replace"))
+        leader = self.leader
+        return bool(leader) and pathlib.Path(f"/proc/{leader}/root/run/systemd/private").exists()
 
     def run(self, *words: str, check: bool = True) -> str:
         """Run a command in it; what it prints."""
@@ -107,22 +141,23 @@ class Machine:
 
     def stop(self) -> None:
         """Switch it off, and leave nothing behind."""
-        if self._process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            if self.leader:
-                os.kill(self.leader, signal.SIGRTMIN + 4)  # systemd's poweroff
+        pid, leader = self.pid(), self.leader
+        if leader:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(leader, signal.SIGRTMIN + 4)  # systemd's poweroff
         try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            for pid in filter(None, (self.leader, self._process.pid)):
+            wait_until(lambda: not self.pid(), f"{self.name} is off", patience=30)
+        except TimeoutError:
+            for number in filter(None, (leader, pid)):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(number, signal.SIGKILL)
+        if self._process:
             self._process.wait()
-        if self.leader:
-            wait_until(lambda: not is_alive(self.leader), "the machine is gone")
+            self._process = None
+        wait_until(lambda: not any(map(is_alive, filter(None, (leader, pid)))), f"{self.name} is gone")
         with tempfile.TemporaryDirectory() as view:
-            command = ["unshare", "-m", "--propagation", "private", "sh", "-c", _CLEAN, "sh", view, self.name]
+            command = ["unshare", "-m", "--propagation", "private", "sh", "-c", _CLEAN, "sh", view, self._unique_name]
             subprocess.run(command, check=False)
         with contextlib.suppress(OSError):
-            os.rmdir(f"/run/systemd/nspawn/propagate/{self.name}")
+            os.rmdir(f"/run/systemd/nspawn/propagate/{self._unique_name}")
+        self._pid_file.unlink(missing_ok=True)

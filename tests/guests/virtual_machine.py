@@ -52,23 +52,32 @@ class VirtualMachine:
             copy = self._disk.with_suffix(".new")
             subprocess.run(["cp", "--sparse=always", "--reflink=auto", str(base), str(copy)], check=True)
             copy.rename(self._disk)
+        if _may_have_nested_kvm():
+            try:
+                self._boot(("-accel", "kvm", "-cpu", "host"), patience=90)
+                return self
+            except (RuntimeError, TimeoutError):
+                self.kill()  # a KVM in name only
+        # TCG emulates AMD's SVM, and so gives it a KVM where this machine has none to give.
+        self._boot(("-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max"), patience=_PATIENCE)
+        return self
+
+    def _boot(self, accelerator: t.Sequence[str], patience: float) -> None:
         for path in (self._monitor, self._pid_file):
             path.unlink(missing_ok=True)
         with open(self.directory / "stderr.log", "ab") as log:
             self._child = subprocess.Popen(
-                [qemu(NEW_SUITE), *self._words()],
+                [qemu(NEW_SUITE), *self._words(accelerator)],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, cwd=self.directory,
             )  # fmt: skip
-        self._wait_for_boot("")
-        return self
+        self._wait_for_boot("", patience)
 
-    def _words(self) -> list[str]:
+    def _words(self, accelerator: t.Sequence[str]) -> list[str]:
         shared = CACHE / "virtual-machine" / "shared.img"
         kernel = f"root=/dev/nvme0n1 rw console=ttyS0 quiet mitigations=off net.ifnames=0 systemd.hostname={self.name}"
         return [
             "-name", self.name,
-            # TCG emulates AMD's SVM, and so gives it a KVM where this machine has none to give.
-            "-machine", "q35", "-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max", "-smp", "2",
+            "-machine", "q35", *accelerator, "-smp", "2",
             "-m", f"{self.memory}M", "-nodefaults", "-display", "none",
             "-kernel", str(CACHE / "virtual-machine" / "vmlinuz"), "-append", kernel,
             # The kernel has drivers for NVMe and ext4 built in, and so needs no initrd.
@@ -105,6 +114,10 @@ class VirtualMachine:
         found = re.search(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)", text)
         assert found, text
         return int(found.group(1))
+
+    def address(self) -> str:
+        """The address that leads to its SSH, as root, with the key ``.cache/virtual-machine/id_ed25519``."""
+        return f"127.0.0.1:{self.port()}"
 
     def ssh_arguments(self) -> list[str]:
         """What ``ssh`` and ``scp`` need beside the address, which is ``root@127.0.0.1``."""
@@ -159,13 +172,13 @@ class VirtualMachine:
             raise RuntimeError(f"{self.name} does not reboot: {done.stdout}")
         self._wait_for_boot(before)
 
-    def _wait_for_boot(self, before: str) -> None:
+    def _wait_for_boot(self, before: str, patience: float = _PATIENCE) -> None:
         def booted() -> bool:
             if self._child and self._child.poll() is not None:
                 raise RuntimeError((self.directory / "stderr.log").read_text(encoding="utf-8", errors="replace"))
             return self.boot_id() not in ("", before)
 
-        wait_until(booted, f"{self.name} answers", patience=_PATIENCE)
+        wait_until(booted, f"{self.name} answers", patience=patience)
         # "degraded" is up too, and has the exit status 1.
         self.run("systemctl", "is-system-running", "--wait", check=False, timeout=_PATIENCE)
 
@@ -189,6 +202,11 @@ _OPTIONS = [
     "-o", "UserKnownHostsFile=/dev/null", "-o", "GlobalKnownHostsFile=/dev/null", "-o", "LogLevel=ERROR",
     "-o", "ConnectTimeout=30",
 ]  # fmt: skip
+
+
+def _may_have_nested_kvm() -> bool:
+    parameters = pathlib.Path("/sys/module").glob("kvm_*/parameters/nested")
+    return os.access("/dev/kvm", os.W_OK) and any(path.read_text().strip() in ("Y", "1") for path in parameters)
 
 
 def _run(*words: str, timeout: float) -> subprocess.CompletedProcess[str]:

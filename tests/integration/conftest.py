@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import typing as t
+import uuid
 
 import pytest
 
@@ -79,7 +80,7 @@ class Host:
             "guests": names, "concurrency": 4, "timeout": 30.0, "state_directory": str(self.state),
             "switch_concurrency": 1, "pause_limit": 2.0, "copy_timeout": 60.0,
             "mode": "auto", "adopt": True, "accept_differences": [], "qemu_binary": qemu(NEW_SUITE),
-            "capabilities": {}, "parameters": {}, "when_missing": "fail",
+            "capabilities": {}, "parameters": {}, "when_missing": "fail", "when_refused": "stop",
             "heartbeat_command": "", "heartbeat_timeout": 10.0, "rehearse": False,
         }  # fmt: skip
         return Task({**defaults, **parameters}, check_mode, is_abandoned)
@@ -147,7 +148,7 @@ def fixture_host(tmp_path: pathlib.Path) -> Host:
 def fixture_rebuilt_qemu() -> t.Iterator[str]:
     """Another file with the new suite's QEMU, as after a rebuild of the package."""
     original = pathlib.Path(qemu(NEW_SUITE))
-    copy = original.with_name("qemu-system-x86_64-rebuilt")
+    copy = original.with_name(f"qemu-system-x86_64-rebuilt-{uuid.uuid4().hex[:8]}")
     shutil.copy2(original, copy)
     yield str(copy)
     copy.unlink()

@@ -185,12 +185,13 @@ def test_nothing_begins_as_long_as_one_guest_is_refused(fleet):
 def test_a_query_chooses_the_guests(fleet):
     fleet.host("hv0", "web0", "db0")
     fleet.host("hv1", "web1", "db1")
-    run = fleet.run(guest_query="[?starts_with(name, 'web') && host != 'hv1' && machine_type != 'none']")
+    query = "[?starts_with(name, 'web') && !contains(host, '1') && machine_type != 'none']"
+    run = fleet.run("--limit", "hv0", guests=["web0", "db0"], guest_query=query)
     assert run.returncode == 0
     assert fleet.updated() == {"web0"}
     run = fleet.run(guest_query="[?starts_with(name")
     assert run.returncode == 2
-    assert "is no JMESPath expression" in run.stdout
+    assert "live_update_guest_query can't be used" in run.stdout
     run = fleet.run(guest_query="[].name")
     assert run.returncode == 2
     assert "must return guests" in run.stdout
@@ -208,6 +209,31 @@ def test_guests_with_one_label_are_not_updated_at_once(fleet):
         spans.append((record["changed_at"] - sum(record["durations_ms"].values()) / 1000, record["changed_at"]))
     spans.sort()
     assert all(before[1] <= after[0] for before, after in zip(spans, spans[1:]))
+
+
+def test_a_host_whose_health_can_t_be_asked_is_not_well(fleet):
+    """The task on it does not only fail, it can't even be tried."""
+    for number in range(3):
+        fleet.host(f"hv{number}", f"one{number}")
+    fleet.inventory["hv0"]["live_update_health_host"] = "nowhere"
+    fleet.inventory["nowhere"] = {"ansible_connection": "none.such"}
+    run = fleet.run(hosts="all:!nowhere", batches=[2], health_command="true")
+    assert run.returncode == 2
+    assert "[gate-closed]" in run.stdout and "none.such" in run.stdout
+    assert fleet.updated() == {"one0", "one1"}
+
+
+def test_a_guest_that_goes_away_after_the_check_keeps_nobody_else_back(fleet, tmp_path):
+    fleet.host("hv0", "one0")
+    fleet.host("hv1", "one1", "two1")
+    pids = tmp_path / "pid"
+    pids.write_text(str(fleet.guests["two1"].pid()))
+    fleet.inventory["hv0"]["live_update_health_command"] = f"kill -KILL $(cat {pids})"
+    run = fleet.run(batches=[1])
+    assert run.returncode == 2
+    assert "two1: No QEMU on this host runs a guest named two1" in run.stdout
+    del fleet.guests["two1"]
+    assert fleet.updated() == {"one0", "one1"}
 
 
 def test_pauses_and_health_are_judged(fleet):

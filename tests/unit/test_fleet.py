@@ -18,21 +18,25 @@ from ansible_collections.vmfleet.cpr.plugins.plugin_utils import fleet
 
 def guest(name, **facts):
     return {
-        "name": name, "failed": False, "message": f"{name} can go", "phase": None, "up_to_date": False,
+        "name": name, "failed": False, "error": None, "message": f"{name} can go", "phase": None, "up_to_date": False,
         "verdict": "ready", "reasons": [], "mode": "cpr-transfer", "version": "10.0.2", "wanted_version": "11.1.3",
         **facts,
     }  # fmt: skip
 
 
 def host(name, *guests, labels=None, **check):
-    return {"host": name, "check": check or {"guests": list(guests)}, "labels": labels or {}}
+    return name, {"check": check or {"guests": list(guests)}, "labels": labels or {}}
+
+
+def plan_of(hosts, **options):
+    return fleet.plan(dict(hosts), **options)
 
 
 UNREACHABLE = {"unreachable": True, "msg": "Connection refused"}
 
 
 def test_what_is_done_is_not_done_again_and_what_was_begun_is_ended():
-    plan = fleet.plan(
+    plan = plan_of(
         [
             host("a", guest("done", up_to_date=True, phase="finished"), guest("left")),
             host("b", guest("done", up_to_date=True)),
@@ -52,14 +56,19 @@ def test_what_is_done_is_not_done_again_and_what_was_begun_is_ended():
     ("item", "said"),
     [
         (host("a", guest("x", verdict="blocked", message="no way")), "a: x: no way"),
-        (host("a", guest("x", failed=True, message="busy")), "a: x: busy"),
+        (host("a", guest("x", failed=True, message="busy", error={"code": "monitor-busy"})), "a: x: busy"),
         (host("a", failed=True, msg="no binary"), "a: no binary"),
+        (("a", {}), "a: It failed before it was checked."),
+        (
+            host("a", guest("x", failed=True, message="no QEMU", error={"code": "guest-not-found"}, phase="switching")),
+            "a: x: no QEMU",
+        ),
     ],
 )
 def test_what_the_check_refuses_is_an_obstacle_unless_it_is_to_be_left_out(item, said):
     hosts = [item, host("b", guest("y"))]
-    assert fleet.plan(hosts)["obstacles"] == [said]
-    plan = fleet.plan(hosts, skip_blocked=True)
+    assert plan_of(hosts)["obstacles"] == [said]
+    plan = plan_of(hosts, skip_blocked=True)
     assert plan["obstacles"] == [] and plan["pending"] == {"b": ["y"]}
     assert f"refused: {said}" in fleet.summary(plan)
 
@@ -67,10 +76,10 @@ def test_what_the_check_refuses_is_an_obstacle_unless_it_is_to_be_left_out(item,
 @pytest.mark.parametrize(("budget", "stops"), [(0, True), (1, False), ("24%", True), ("25%", False), ("0", True)])
 def test_hosts_out_of_reach_count_against_the_budget(budget, stops):
     hosts = [host("gone", **UNREACHABLE), *(host(name, guest("x")) for name in "abc")]
-    plan = fleet.plan(hosts, failure_budget=budget, skip_blocked=True)
+    plan = plan_of(hosts, failure_budget=budget, skip_blocked=True)
     assert bool(plan["obstacles"]) == stops
     assert list(plan["pending"]) == ["a", "b", "c"]
-    assert "gone" in " ".join(fleet.status(hosts))
+    assert "gone" in " ".join(fleet.status(dict(hosts)))
 
 
 @pytest.mark.parametrize("budget", ["some", "-1", "5 %%", None])
@@ -79,24 +88,33 @@ def test_a_budget_that_is_none_is_refused(budget):
         fleet.allowed(budget, 10)
 
 
+class Tagged(str):
+    """As Ansible's strings are, of a type of their own."""
+
+
 def test_a_query_sees_hosts_and_labels():
-    hosts = [host("a", guest("x"), guest("y"), labels={"x": "db", "y": ["web", "db"]}), host("b", guest("x"))]
+    hosts = [
+        host(Tagged("a"), guest("x"), guest("y"), labels={"x": Tagged("db"), "y": [Tagged("web"), Tagged("db")]}),
+        host("b", guest("x")),
+    ]
 
     def pending(query):
-        return fleet.plan(hosts, query=query)["pending"]
+        return plan_of(hosts, query=query)["pending"]
 
     assert pending("[?contains(labels, 'db')]") == {"a": ["x", "y"]}
     assert pending("[?host == 'b']") == {"b": ["x"]}
     assert pending("reverse(@)") == {"a": ["y", "x"], "b": ["x"]}
     assert pending("[]") == {"a": ["x", "y"], "b": ["x"]}
     assert pending("[?false]") == {}
-    assert fleet.plan(hosts, query="[?name == 'y']")["left_out"] == 2
+    assert pending("[?contains(host, 'b')]") == {"b": ["x"]}
+    assert pending("[?starts_with(labels[0] || '', 'w')]") == {"a": ["y"]}
+    assert plan_of(hosts, query="[?name == 'y']")["left_out"] == 2
 
 
 @pytest.mark.parametrize("query", ["[?", "[].name", "length(@)", "[].{host: host, name: 'z'}"])
 def test_a_query_that_returns_no_guests_is_refused(query):
     with pytest.raises(AnsibleFilterError, match="live_update_guest_query"):
-        fleet.plan([host("a", guest("x"))], query=query)
+        plan_of([host("a", guest("x"))], query=query)
 
 
 @pytest.mark.parametrize(
@@ -106,6 +124,10 @@ def test_a_query_that_returns_no_guests_is_refused(query):
         (3, [1, "10%", "25%"], [1, 1, 1]),
         (4, [1, 2], [1, 2, 1]),
         (5, ["100%"], [5]),
+        (5, "2", [2, 2, 1]),
+        (5, 2, [2, 2, 1]),
+        (5, "40%", [2, 2, 1]),
+        (3, [], [3]),
         (3, [0], [3]),
         (0, [1], []),
     ],
@@ -115,6 +137,33 @@ def test_batches_are_those_of_serial(number, batches, sizes):
     found = fleet.split(hosts, batches)
     assert [len(batch) for batch in found] == sizes
     assert sum(found, []) == hosts
+
+
+@pytest.mark.parametrize("batches", [[-1], "all", ["10%", None], "1,2"])
+def test_batches_that_are_none_are_refused(batches):
+    with pytest.raises(AnsibleFilterError, match="live_update_batches"):
+        fleet.split(["a"], batches)
+
+
+@pytest.mark.parametrize("labels", [{"x": None}, {"x": 5}, {"x": [["a"]]}])
+def test_labels_that_are_none_are_refused(labels):
+    with pytest.raises(AnsibleFilterError, match="live_update_labels"):
+        plan_of([host("a", guest("x"), labels=labels)])
+
+
+def test_a_label_of_a_guest_that_is_not_there_is_said():
+    plan = plan_of([host("a", guest("x"), labels={"y": "db"})])
+    assert "a: live_update_labels names y, which is not there" in fleet.summary(plan)
+
+
+def test_guests_with_a_label_of_a_lost_host_are_left_out():
+    labels = {"x": "db", "y": ["web"]}
+    plan = plan_of(
+        [host(name, guest("x"), guest("y"), labels=labels if name != "c" else {"x": "web"}) for name in "abc"]
+    )
+    assert fleet.rounds(plan, ["b", "c"], lost=["a"]) == [{"c": ["y"]}]
+    assert fleet.rounds(plan, ["a"], lost=["a"]) == []
+    assert fleet.lost([outcome("a", wanted=["x"], found=UNREACHABLE), outcome("b", moved("x"))]) == ["a"]
 
 
 LABELS = strategies.lists(strategies.sampled_from("abc"), max_size=2)
@@ -127,7 +176,7 @@ def test_no_round_has_a_label_on_two_hosts_and_nobody_is_forgotten(labels):
              labels={f"g{index}": of_guest for index, of_guest in enumerate(of_guests)})
         for number, of_guests in enumerate(labels)
     ]  # fmt: skip
-    plan = fleet.plan(hosts)
+    plan = plan_of(hosts)
     rounds = fleet.rounds(plan, list(plan["pending"]))
     done = [(name, item) for found in rounds for name, items in found.items() for item in items]
     assert sorted(done) == sorted((name, item) for name, items in plan["pending"].items() for item in items)
@@ -143,7 +192,7 @@ def test_no_round_has_a_label_on_two_hosts_and_nobody_is_forgotten(labels):
 def outcome(name, *guests, wanted=None, **more):
     return {
         "host": name, "wanted": wanted or [item["name"] for item in guests], "found": {"guests": list(guests)},
-        "health": {}, "messages": [], **more,
+        "health": {"skipped": True}, "messages": [], "was": {}, **more,
     }  # fmt: skip
 
 
@@ -166,6 +215,8 @@ def test_a_batch_in_which_all_is_well_passes():
         ),
         (moved("x") | {"phase": "switched"}, "its update is switched"),
         (moved("x") | {"run_state": "guest-panicked"}, "guest-panicked"),
+        (moved("x") | {"run_state": "paused"}, "paused"),
+        (moved("other"), "It did not answer."),
         (guest("x", failed=True, message="monitor-busy"), "monitor-busy"),
     ],
 )
@@ -180,6 +231,34 @@ def test_a_guest_that_is_not_well_on_the_new_qemu_is_a_failure(found, said):
     assert not fleet.gate(outcomes, ["a"], failure_budget="99%")["passed"]
 
 
+def test_a_guest_that_was_paused_may_be_so():
+    paused = moved("x") | {"run_state": "paused"}
+    assert fleet.gate([outcome("a", paused, was={"x": "paused"})], ["a"])["passed"]
+
+
+def test_a_host_of_which_nothing_was_noted_is_a_failure():
+    plan = plan_of([host("a", guest("x")), host("b", guest("y"))])
+    noted = {"found": {"guests": [moved("x")]}}
+    outcomes = fleet.outcomes([noted, {}], ["a", "b"], plan)
+    verdict = fleet.gate(outcomes, ["a", "b"])
+    assert not verdict["passed"] and (verdict["updated"], verdict["tried"]) == (1, 2)
+    assert [failure["host"] for failure in verdict["failures"]] == ["b"]
+    assert "not begun" not in " ".join(fleet.report(plan, outcomes))
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        (["y: other", "x: own"], "x: own"),
+        (["web-x: other"], "web-x: other"),
+        (["The host is broken."], "The host is broken."),
+    ],
+)
+def test_what_failed_on_the_host_is_said(messages, said):
+    verdict = fleet.gate([outcome("a", guest("x", run_state="running"), messages=messages)], ["a"])
+    assert verdict["failures"][0]["message"] == said
+
+
 def test_why_a_guest_failed_is_said_and_a_host_that_went_away_counts():
     outcomes = [
         outcome("a", guest("x", run_state="running"), messages=["x: too slow [pause-limit]"]),
@@ -189,7 +268,7 @@ def test_why_a_guest_failed_is_said_and_a_host_that_went_away_counts():
     assert [failure["message"] for failure in verdict["failures"]] == [
         "x: too slow [pause-limit]", "Connection refused", "Connection refused",
     ]  # fmt: skip
-    plan = fleet.plan([host("a", guest("x")), host("b", guest("y"), guest("z")), host("c", guest("w"))])
+    plan = plan_of([host("a", guest("x")), host("b", guest("y"), guest("z")), host("c", guest("w"))])
     assert [line.split()[:4] for line in fleet.report(plan, outcomes)[1:]] == [
         ["a", "0", "1", "0"], ["b", "0", "2", "0"], ["c", "0", "0", "1"],
     ]  # fmt: skip
@@ -217,6 +296,7 @@ def test_only_this_batch_s_pauses_and_health_count():
         ({"rc": 3, "stdout": "one\ntwo", "stderr": ""}, "two"),
         ({"rc": 3, "stdout": "", "stderr": ""}, "exit status 3"),
         (UNREACHABLE, "Connection refused"),
+        ({"msg": "Missing sudo password"}, "Missing sudo password"),
     ],
 )
 def test_a_host_that_is_not_well_says_so(health, said):
@@ -237,7 +317,7 @@ def test_a_window_ends_at_the_next_such_time():
     assert fleet.deadline("", time.time()) is None
 
 
-@pytest.mark.parametrize("until", ["25:00", "tomorrow", "5"])
+@pytest.mark.parametrize("until", ["25:00", "tomorrow", "5", 1350])
 def test_a_time_that_is_none_is_refused(until):
     with pytest.raises(AnsibleFilterError, match="live_update_until"):
         fleet.deadline(until, 0)
@@ -246,15 +326,16 @@ def test_a_time_that_is_none_is_refused(until):
 def test_the_table_says_of_every_guest_what_is_the_matter():
     reasons = [{"severity": "blocker", "message": "Has a pipe.", "code": "pipe", "hint": ""}]
     lines = fleet.status(
-        [
+        dict([
             host(
                 "a", guest("x"), guest("yy", up_to_date=True), guest("z", verdict="blocked", reasons=reasons, mode=None)
             ),
             host("b", guest("w", verdict="warning", reasons=reasons), guest("v", phase="set-up")),
             host("c", guests=[]),
             host("d", failed=True, msg="no binary"),
-        ]
-    )
+            ("e", {}),
+        ])
+    )  # fmt: skip
     assert lines[0].split() == ["host", "guest", "runs", "wanted", "state"]
     assert lines[1:4] == [
         "a     x      10.0.2  11.1.3  ready, by cpr-transfer",
@@ -263,5 +344,5 @@ def test_the_table_says_of_every_guest_what_is_the_matter():
     ]
     assert [line.split("  ")[-1].strip() for line in lines[4:]] == [
         "ready, by cpr-transfer, with a warning: Has a pipe. [pipe]", "begun: its update is set-up", "no guests",
-        "no binary",
+        "no binary", "It failed before it was checked.",
     ]  # fmt: skip

@@ -27,14 +27,18 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, T
 async def assess_all(task: Task) -> list[Outcome]:
     """Judge the guests that were named, or all that run here, for a new binary.
 
-    :raises CprError: as `qemu_binary.opened` and `guests.select`.
+    One that is named and does not run fails alone, and so does one whose update was begun and that runs no more.
+
+    :raises CprError: as `qemu_binary.opened`, and as `guests.select` where none is named.
     """
     async with qemu_binary.opened(task.parameters["qemu_binary"]) as probe:
-        names, selected = guests.select(task.guests, guests.by_name(process.find(), task.journal))
+        everyone = guests.by_name(process.find(), task.journal)
+        names = task.guests or sorted({*guests.select([], everyone)[0], *task.journal.guests_under_way()})
         wishes = handshake.Wishes.of(task.parameters)
 
         async def one(name: str) -> Outcome:
-            inspection = await preflight.inspect(selected[name], task.journal.directory)
+            qemu = guests.select([name], everyone)[1][name]
+            inspection = await preflight.inspect(qemu, task.journal.directory)
             disagreements = _disagreements(inspection, probe.binary, wishes)
             choice, blockers = await inspection.choose(probe, task.parameters, disagreements)
             warnings = inspection.warnings_for(probe.binary)
@@ -43,9 +47,7 @@ async def assess_all(task: Task) -> list[Outcome]:
             if task.parameters["rehearse"] and inspection.description and useful:
                 options = inspection.options_for(probe.binary, choice.mode)
                 running = inspection.description.running
-                for item in await rehearse.rehearse(
-                    selected[name], options, running, probe.binary.path, timeout=task.timeout
-                ):
+                for item in await rehearse.rehearse(qemu, options, running, probe.binary.path, timeout=task.timeout):
                     if item.code == rehearsal.NOT_REHEARSED:
                         warnings.append(item)
                     else:

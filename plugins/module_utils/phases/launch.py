@@ -98,6 +98,8 @@ class Plan:
 async def launch_all(task: Task) -> list[Outcome]:
     """Check every guest, and only if all can be updated start a new QEMU for each.
 
+    With ``when_refused`` of ``go-on`` those that can't are left out, and the others started.
+
     The guests run on their old QEMUs, before and after. A guest that runs this very binary
     already is left alone. What a run that died left behind is cleared first.
 
@@ -110,7 +112,9 @@ async def launch_all(task: Task) -> list[Outcome]:
 
 async def _launch_all(task: Task, probe: qemu_binary.Probe) -> list[Outcome]:
     binary = probe.binary
-    names, found = guests.select(task.guests, guests.by_name(process.find(), task.journal))
+    everyone = guests.by_name(process.find(), task.journal)
+    go_on = task.parameters["when_refused"] == "go-on"
+    names, found = (task.guests, {}) if task.guests and go_on else guests.select(task.guests, everyone)
     wishes = handshake.Wishes.of(task.parameters)
     plans: dict[str, Plan] = {}
 
@@ -138,6 +142,8 @@ async def _launch_all(task: Task, probe: qemu_binary.Probe) -> list[Outcome]:
             await recover.recover(earlier, timeout=task.timeout)
             news = f"An earlier run had left its update unfinished. {earlier.message}"
             found.update(guests.select([name], guests.by_name(process.find(), task.journal))[1])
+        if name not in found:
+            found.update(guests.select([name], everyone)[1])
         if found[name].executable_id == binary.executable_id:
             return _outcome(name, unfinished, f"The guest runs on {binary.path} already.", news, update=earlier)
         inspection = await preflight.inspect(found[name], task.journal.directory)
@@ -182,7 +188,7 @@ async def _launch_all(task: Task, probe: qemu_binary.Probe) -> list[Outcome]:
     checked = await task.for_each(names, "preflight", check)
     if task.check_mode:
         return checked
-    if any(outcome.error for outcome in checked):
+    if any(outcome.error for outcome in checked) and not go_on:
         # Nothing was started, for nobody.
         return [item if item.error else _outcome(item.guest, False, "Nothing was started.") for item in checked]
     waiting = _those_without_room(plans)
