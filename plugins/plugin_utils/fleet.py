@@ -343,8 +343,9 @@ def percentile(figures: t.Sequence[float], part: float) -> float:
 def deadline(until: str, begun: float) -> float | None:
     """After when no batch begins, in seconds since 1970; None for ever.
 
-    :param until: ``HH:MM``, the next time that this control node's clock shows that, or a date and time
-        in ISO 8601, on this control node's clock where it has no offset. Empty for ever.
+    :param until: ``HH:MM``, the time nearest to the beginning at which this control node's clock shows that, so that a
+        run that begins late has no time left, and not a day; or a date and time in ISO 8601, on this control
+        node's clock where it has no offset. Empty for ever.
     :param begun: when the run began, in the same.
     :raises AnsibleFilterError: it is neither.
     """
@@ -356,7 +357,11 @@ def deadline(until: str, begun: float) -> float | None:
         if re.fullmatch(r"\d{1,2}:\d{2}", text):
             hour, minute = map(int, text.split(":"))
             found = start.replace(hour=hour, minute=minute, second=0, microsecond=0)
-            return (found if found > start else found + datetime.timedelta(days=1)).timestamp()
+            if found <= start - datetime.timedelta(hours=12):
+                found += datetime.timedelta(days=1)
+            elif found > start + datetime.timedelta(hours=12):
+                found -= datetime.timedelta(days=1)
+            return found.timestamp()
         return datetime.datetime.fromisoformat(text).timestamp()
     except ValueError:
         raise AnsibleFilterError(

@@ -304,7 +304,7 @@ def test_a_host_that_is_not_well_says_so(health, said):
     assert verdict["reasons"] == [f"a: live_update_health_command failed: {said}"]
 
 
-def test_a_window_ends_at_the_next_such_time():
+def test_a_window_ends_at_the_nearest_such_time():
     begun = datetime.datetime(2026, 11, 23, 23, 0)
 
     def ends(until):
@@ -312,6 +312,7 @@ def test_a_window_ends_at_the_next_such_time():
 
     assert ends("23:30") == datetime.datetime(2026, 11, 23, 23, 30)
     assert ends("5:30") == datetime.datetime(2026, 11, 24, 5, 30)
+    assert ends("22:00") == datetime.datetime(2026, 11, 23, 22, 0)  # it begins late
     assert ends("2026-11-25T01:00") == datetime.datetime(2026, 11, 25, 1, 0)
     assert fleet.deadline("2026-11-25T01:00+00:00", 0) == 1795568400
     assert fleet.deadline("", time.time()) is None
