@@ -7,7 +7,7 @@ A QEMU loads no module of another build. It looks for those of its own in ``/run
 ``--enable-module-upgrades`` (util/module.c). Debian's qemu-block-extra puts its own there when it is upgraded
 under a running QEMU; those of qemu-system-common nobody does (10.0, 11.1: virtio-gpu, usb-host and more).
 
-That saves only modules that the new build has not: since 7.2 QEMU looks no further than the first file of a
+That saves only modules that the new build has not: QEMU 10.0 looks no further than the first file of a
 module's name, which is the new build's. What is worse, after one such failure it aborts at the next module
 (seen with 10.0.13: a second ``blockdev-add`` of ssh, or one ``qom-list-types``). Nothing on the host's side
 prevents that but to leave the modules where they are, which is why guests are warned about here. Private to the

@@ -50,7 +50,7 @@ options:
       - The path of an emulator of the host's packages. A copy of it is made with its modules, firmware and option
         ROMs; its libraries stay those of the host.
       - Modules that running guests of this build may still load, and that no script of the packages keeps for them,
-        are copied to where QEMU looks for them after an upgrade, below C(/run/qemu). QEMU 7.2 and later find there
+        are copied to where QEMU looks for them after an upgrade, below C(/run/qemu). QEMU 10.0 finds there
         only what the new build has no module of that name for, so guests of this build are warned about.
     type: path
   described_as:
@@ -105,7 +105,7 @@ modules:
 endangered:
   description: >-
     With O(installed) the running guests of that build, which an upgrade in place leaves without most of their modules.
-    QEMU 7.2 and later abort when they are made to load one then.
+    QEMU 10.0 aborts when it is made to load one then.
   returned: success
   type: list
   elements: str

@@ -191,6 +191,8 @@ def test_guest_info_finds_a_guest_whose_binary_was_replaced(start, tmp_path):
     answer = module("guest_info", {"guests": ["web1"], "state_directory": str(tmp_path / "state")})
     assert answer["guests"][0]["binary_on_disk"] == "deleted"
     assert answer["guests"][0]["phase"] == "finished"
+    answer = module("qmp_command", {"guests": ["web1"], "command": "qom-list-types"})
+    assert answer["error"]["code"] == "modules-replaced"
     run = live_update(qemu(NEW_SUITE), tmp_path / "state", ["web1"])
     assert run.returncode == 0, run.stdout
     assert guest.pid()

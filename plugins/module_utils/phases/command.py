@@ -9,6 +9,7 @@ Private to the collection.
 from __future__ import annotations
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import guests, process
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
 
 # What only reads, in QEMU 7.2 to 11.1. Any other command counts as a change.
@@ -37,6 +38,10 @@ READ_ONLY = frozenset("""
     x-query-virtio-vhost-queue-status
     """.split())
 
+# They make QEMU load modules. One whose packages were upgraded under it finds the new build's, and aborts: seen with
+# Debian's 10.0.13 under 11.1.3 (util/module.c).
+LOADS_MODULES = frozenset(("device-list-properties", "qom-list-properties", "qom-list-types"))
+
 
 async def execute_all(task: Task) -> list[Outcome]:
     """Execute one command on every guest; check mode executes those that only read.
@@ -48,6 +53,13 @@ async def execute_all(task: Task) -> list[Outcome]:
     names, found = guests.select(task.guests, guests.by_name(process.find(), task.journal))
 
     async def one(name: str) -> Outcome:
+        if command in LOADS_MODULES and found[name].on_disk != "same":
+            raise CprError(
+                "modules-replaced",
+                f"{command} makes QEMU load its modules, and this one's binary is {found[name].on_disk}: with modules of"
+                " another build it would abort, and the guest be lost.",
+                "Move the guest to the new QEMU first.",
+            )
         if changes and task.check_mode:
             return Outcome(name, True, f"{command} would be executed.", extra={"response": None})
         async with await guests.open_monitor(found[name]) as monitor:
