@@ -39,7 +39,7 @@ _ON_DISK = {"same": "", "replaced": ", where another one is by now", "deleted": 
 _WARNING = (
     "The guests {} run the build that is to be replaced. Until they are on another one, plug nothing into them that"
     " comes from a module (usb-host, virtio-gpu, disks by ssh, curl or rbd), and send them no qom-list-types: their QEMU"
-    " would take the new build's modules for its own, and 7.2 and later abort then."
+    " would take the new build's modules for its own, and may abort then (seen with 10.0)."
 )
 
 Work = t.Callable[[t.Mapping[str, t.Any], bool], t.Awaitable[dict[str, t.Any]]]
