@@ -10,8 +10,11 @@ need() {
 install_package() {
     echo "Installing $1 ..."
     [ "$(id -u)" = 0 ] || { echo "$1 is missing, and only root can install it" >&2; exit 1; }
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$1" >/dev/null
+    (
+        flock 8 # several scripts may be at it
+        apt-get update -qq
+        DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$1" >/dev/null
+    ) 8>/tmp/vmfleet-cpr-apt.lock
 }
 
 # debian_mirror: the address of the Debian archive that this machine's apt uses.
