@@ -3,7 +3,7 @@
 SUITES = bookworm bookworm-backports trixie trixie-backports
 PYTHON = .venv/bin/python
 
-.PHONY: help demo test images checks env qemu guests machine packages virtual-machine lint unit sanity integration faults molecule benchmark changelog clean
+.PHONY: help demo test env qemu guests machine packages virtual-machine lint unit sanity integration faults molecule benchmark changelog clean
 
 help:
 	@echo "make demo         three real guests move to a new QEMU while they run"
@@ -39,16 +39,7 @@ virtual-machine: qemu guests machine
 demo: env qemu guests
 	@$(PYTHON) -m tests.demo
 
-# What only reads the sources goes on while the images are made.
-test: env
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=target images checks
-	@$(MAKE) --no-print-directory integration faults molecule
-
-images:
-	@$(MAKE) --no-print-directory --jobs=1 qemu guests machine packages virtual-machine
-
-checks:
-	@$(MAKE) --no-print-directory --jobs=1 lint sanity unit
+test: lint unit sanity integration faults molecule
 
 lint: env
 	@tests/environment/lint.sh

@@ -40,10 +40,27 @@ apt_download() {
     for apt_dist in "${apt_suite%-backports}" "$apt_suite"; do
         echo "deb [signed-by=$keyring] $mirror $apt_dist main"
     done | sort -u >"$apt_state/sources.list"
-    private_apt update
-    private_apt install --download-only --no-install-recommends -y -t "$apt_suite" "$@" >/dev/null
+    again private_apt update
+    again private_apt install --download-only --no-install-recommends -y -t "$apt_suite" "$@" >/dev/null
     mv "$apt_state/archives"/*.deb "$apt_directory"
     rm -rf "$apt_state"
+}
+
+# again COMMAND...: runs it, up to three times: a mirror may be out of order for a moment.
+again() {
+    "$@" || { sleep 5; "$@"; } || { sleep 20; "$@"; }
+}
+
+# bootstrap DIRECTORY PACKAGE,...: a Debian trixie with these packages; needs mmdebstrap in PATH.
+bootstrap() {
+    rm -rf "$1"
+    keyring=$(find /usr/share/keyrings -name 'debian-archive-keyring.[gp]*' | sort | head -n 1)
+    mmdebstrap --quiet --mode=root --variant=essential --format=directory --include="$2" \
+        --aptopt='Acquire::Languages "none"' --aptopt='Acquire::Retries "3"' \
+        --aptopt='APT::Install-Recommends "false"' \
+        --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/doc/*' \
+        --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+        trixie "$1" "deb [signed-by=$keyring] $(debian_mirror) trixie main" </dev/null
 }
 
 # private_apt ARGUMENT...: apt-get with the state in $apt_state and nothing installed.

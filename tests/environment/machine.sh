@@ -38,13 +38,8 @@ rm -rf "$cache/packages"
 } >"$cache/nspawn"
 chmod +x "$cache/nspawn"
 
-keyring=$(find /usr/share/keyrings -name 'debian-archive-keyring.[gp]*' | sort | head -n 1)
-PATH=$cache/tools/usr/bin:$PATH mmdebstrap --quiet --mode=root --variant=essential --format=directory \
-    --include=apt,systemd-sysv,dbus,python3,iproute2,openssh-server,qemu-system-x86,qemu-block-extra \
-    --aptopt='Acquire::Languages "none"' --aptopt='APT::Install-Recommends "false"' \
-    --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/doc/*' \
-    --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
-    trixie "$cache/root" "deb [signed-by=$keyring] $(debian_mirror) trixie main" </dev/null
+PATH=$cache/tools/usr/bin:$PATH
+again bootstrap "$cache/root" apt,systemd-sysv,dbus,python3,iproute2,openssh-server,qemu-system-x86,qemu-block-extra
 for unit in systemd-networkd.service systemd-resolved.service getty@.service console-getty.service apt-daily.timer \
     dpkg-db-backup.timer e2scrub_all.timer fstrim.timer ssh.service ssh.socket; do
     ln -sf /dev/null "$cache/root/etc/systemd/system/$unit"

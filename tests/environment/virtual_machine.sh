@@ -36,13 +36,8 @@ image() {
 make_root() {
     root=$cache/root
     rm -rf "$root" "$cache/packages" "$cache/id_ed25519" "$cache/id_ed25519.pub"
-    keyring=$(find /usr/share/keyrings -name 'debian-archive-keyring.[gp]*' | sort | head -n 1)
-    PATH=$top/.cache/machine/tools/usr/bin:$PATH mmdebstrap --quiet --mode=root --variant=essential --format=directory \
-        --include=systemd-sysv,udev,dbus,libpam-systemd,openssh-server,python3,iproute2,kmod \
-        --aptopt='Acquire::Languages "none"' --aptopt='APT::Install-Recommends "false"' \
-        --dpkgopt=force-unsafe-io --dpkgopt='path-exclude=/usr/share/doc/*' \
-        --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
-        trixie "$root" "deb [signed-by=$keyring] $(debian_mirror) trixie main" </dev/null
+    PATH=$top/.cache/machine/tools/usr/bin:$PATH
+    again bootstrap "$root" systemd-sysv,udev,dbus,libpam-systemd,openssh-server,python3,iproute2,kmod
     rm -f "$root/etc/hostname" "$root/etc/resolv.conf" # mmdebstrap copies this machine's
     : >"$root/etc/machine-id" # every machine gets its own
     rm -rf "$root/var/lib/apt/lists" "$root/var/cache/apt"
