@@ -10,7 +10,7 @@ cd "$top"
 logs=$top/.cache/integration
 mkdir -p "$logs"
 # About half of the time; all other files are in the second lane.
-first="test_rolling test_modes test_host_reboot test_qemu_binary"
+first="test_rolling test_modes test_host_reboot test_qemu_binary test_network"
 
 lane() {
     # The shell is the lane's first process, which inherits the orphans, and reaps them.
