@@ -25,4 +25,5 @@ class FilterModule:
             "fleet_rounds": fleet.rounds,
             "fleet_status": fleet.status,
             "fleet_summary": fleet.summary,
+            "fleet_without": fleet.without,
         }

@@ -20,6 +20,7 @@ CPR_REBOOT = "cpr-reboot"
 PRECOPY = "precopy"
 MODES = (CPR_TRANSFER, CPR_EXEC, CPR_REBOOT, PRECOPY)
 AUTO = "auto"
+_SHORT = " Its pause is some milliseconds all the same."
 
 
 def qemu_name(mode: str) -> str:
@@ -52,15 +53,17 @@ def choose(
     :param memory_in_place: whether another QEMU can map the guest's RAM where it is.
     """
     if wish != AUTO:
-        return list(blockers[wish]) or Choice(wish, f"{wish} was asked for.")
+        written = wish == CPR_REBOOT and not memory_in_place
+        pause = " It stands still while its RAM is written to a file and read again." if written else ""
+        return list(blockers[wish]) or Choice(wish, f"{wish} was asked for.{pause}")
     transfer = blockers[CPR_TRANSFER]
     if not transfer:
         return Choice(CPR_TRANSFER, "The new QEMU can take its RAM over, and nothing is copied.")
     why = f"It can't go by cpr-transfer ({', '.join(dict.fromkeys(item.code for item in transfer))})"
     if memory_in_place and not blockers[CPR_REBOOT]:
-        return Choice(CPR_REBOOT, f"{why}, and its RAM is in a file that both QEMUs can map.")
+        return Choice(CPR_REBOOT, f"{why}, and its RAM is in a file that both QEMUs can map.{_SHORT}")
     if adopt and not blockers[PRECOPY]:
-        return Choice(PRECOPY, f"{why}, and its RAM can be copied to a QEMU that shares it.")
+        return Choice(PRECOPY, f"{why}, and its RAM can be copied to a QEMU that shares it.{_SHORT}")
     return _against_all(transfer, blockers[PRECOPY] if adopt else [])
 
 

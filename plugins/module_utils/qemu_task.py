@@ -122,7 +122,12 @@ async def inform(parameters: t.Mapping[str, t.Any], dummy: bool) -> dict[str, t.
     }
     if parameters["qemu_binary"]:
         binary = await qemu_binary.probe(parameters["qemu_binary"])
-        result["binary"] = {"path": parameters["qemu_binary"], "version": binary.offer.version_text}
+        path = parameters["qemu_binary"]
+        result["binary"] = {
+            "path": path,
+            "real_path": os.path.realpath(path),
+            "version": binary.offer.version_text,
+        }
     return result
 
 

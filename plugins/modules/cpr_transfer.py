@@ -13,6 +13,7 @@ description:
   - Sends the CPR state (the file descriptors of the guest's memory) from the old to the new QEMU
     that M(vmfleet.cpr.dest_launch) started. The new QEMU then creates its devices and its
     monitor answers.
+  - In the other modes there is no such state; the old QEMU is only told which mode is to come.
   - The guest runs on its old QEMU, before and after. M(vmfleet.cpr.guest_rollback) undoes this
     module.
   - The whole way is P(vmfleet.cpr.live_update#role), which calls this module as one step.
@@ -82,7 +83,8 @@ guests:
     pause_ms:
       description: >-
         Milliseconds from the STOP event of the old QEMU to the RESUME event of the new one, by
-        QEMU's own timestamps; null before the switch and for a guest that was paused anyway.
+        QEMU's own timestamps; with V(cpr-exec) until it is seen running. Null before the switch and for a
+        guest that was paused anyway.
       type: float
       sample: 6.41
     durations_ms:

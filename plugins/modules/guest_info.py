@@ -98,7 +98,8 @@ guests:
     pause_ms:
       description: >-
         Milliseconds from the STOP event of the old QEMU to the RESUME event of the new one, by
-        QEMU's own timestamps; null before the switch and for a guest that was paused anyway.
+        QEMU's own timestamps; with V(cpr-exec) until it is seen running. Null before the switch and for a
+        guest that was paused anyway.
       type: float
       sample: 6.41
     durations_ms:
@@ -138,9 +139,9 @@ guests:
       sample: running
     modes:
       description: >-
-        For each of V(cpr-transfer), V(cpr-exec) and V(cpr-reboot) whether the running guest is
+        For each of V(cpr-transfer), V(cpr-exec), V(cpr-reboot) and V(precopy) whether the running guest is
         C(ready) for it and what stands in the way (C(blockers), each with C(code), C(message)
-        and C(hint)). The role P(vmfleet.cpr.live_update#role) uses V(cpr-transfer).
+        and C(hint)). Which of them an update takes is RV(guests[].update_mode).
       type: dict
     notes:
       description: What a live update would lose, or could not carry over, as sentences.

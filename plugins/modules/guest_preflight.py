@@ -32,7 +32,8 @@ attributes:
 options:
   guests:
     description:
-      - The guests to judge, by their C(-name). All that run here if empty.
+      - The guests to judge, by their C(-name). All that run here if empty; QEMUs without a name are then named too, as
+        V(process 1234), and blocked (C(guest-unnamed)).
     type: list
     elements: str
     default: []
@@ -145,10 +146,15 @@ guests:
     new:
       description: The new QEMU of that update, with the same keys.
       type: dict
+    unnamed:
+      description: V(true) for a QEMU without a C(-name). It has little else but C(verdict) and C(reasons).
+      returned: for such
+      type: bool
     pause_ms:
       description: >-
         Milliseconds from the STOP event of the old QEMU to the RESUME event of the new one, by
-        QEMU's own timestamps; null before the switch and for a guest that was paused anyway.
+        QEMU's own timestamps; with V(cpr-exec) until it is seen running. Null before the switch and for a
+        guest that was paused anyway.
       type: float
       sample: 6.41
     durations_ms:

@@ -107,6 +107,9 @@ guests:
         Milliseconds from the guest's stop to its resumption, over the reboot and all; null before.
       type: float
       sample: 48120.5
+    host_rebooted:
+      description: Whether the host has booted since the checkpoint was written. Not of a guest that failed.
+      type: bool
     durations_ms:
       description: Milliseconds that each phase took.
       type: dict

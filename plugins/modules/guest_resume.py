@@ -10,7 +10,8 @@ module: guest_resume
 short_description: Let guests go on in their new QEMU
 version_added: 1.0.0
 description:
-  - Switches each guest from the old QEMU to the new one. The guest pauses for milliseconds.
+  - Switches each guest from the old QEMU to the new one. The guest pauses for milliseconds; with
+    a V(cpr-reboot) that writes its RAM to a file, for as long as that takes.
   - Then checks that the guest runs, makes the new QEMU the main process of the guest's systemd
     service, ends the old QEMU and gives the new one the old one's paths, ports and interface names,
     so that everything answers where it did before.
@@ -55,8 +56,8 @@ options:
   heartbeat_command:
     description:
       - A shell command on the hypervisor that succeeds if the guest is well, with its name as
-        C($1). It is tried until O(heartbeat_timeout) after the switch, and the old QEMU is ended only
-        once it has succeeded.
+        C($1). It must succeed once before the switch, else the guest is not switched. It is tried until
+        O(heartbeat_timeout) after the switch, and the old QEMU is ended only once it has succeeded.
       - The guest agent (qemu-ga) is asked too, without any option, if it answered before the switch.
     type: str
   heartbeat_timeout:
@@ -122,7 +123,8 @@ guests:
     pause_ms:
       description: >-
         Milliseconds from the STOP event of the old QEMU to the RESUME event of the new one, by
-        QEMU's own timestamps; null before the switch and for a guest that was paused anyway.
+        QEMU's own timestamps; with V(cpr-exec) until it is seen running. Null before the switch and for a
+        guest that was paused anyway.
       type: float
       sample: 6.41
     durations_ms:

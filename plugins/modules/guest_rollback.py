@@ -79,7 +79,8 @@ guests:
     pause_ms:
       description: >-
         Milliseconds from the STOP event of the old QEMU to the RESUME event of the new one, by
-        QEMU's own timestamps; null before the switch and for a guest that was paused anyway.
+        QEMU's own timestamps; with V(cpr-exec) until it is seen running. Null before the switch and for a
+        guest that was paused anyway.
       type: float
       sample: 6.41
     durations_ms:

@@ -133,7 +133,7 @@ guests:
       description: Whether it runs something else than the default.
       type: bool
 binary:
-  description: The binary that was asked, with C(path) and C(version).
+  description: The binary that was asked, with C(path), C(real_path) (links followed) and C(version).
   returned: if O(qemu_binary) is given
   type: dict
 error:

@@ -13,6 +13,8 @@ description:
   - Executes one QMP command on the monitor of each guest and returns what it answers.
   - Check mode executes only commands that are known to read (most C(query-*) and C(qom-list) and
     the like); any other counts as a change and is not executed then.
+  - Where a guest's binary was replaced or deleted since it was started, C(qom-list-types), C(qom-list-properties) and
+    C(device-list-properties) are refused (C(modules-replaced)). QEMU would load modules for them, and may abort.
 extends_documentation_fragment:
   - vmfleet.cpr.guests
   - vmfleet.cpr.attributes
@@ -106,7 +108,8 @@ guests:
     pause_ms:
       description: >-
         Milliseconds from the STOP event of the old QEMU to the RESUME event of the new one, by
-        QEMU's own timestamps; null before the switch and for a guest that was paused anyway.
+        QEMU's own timestamps; with V(cpr-exec) until it is seen running. Null before the switch and for a
+        guest that was paused anyway.
       type: float
       sample: 6.41
     durations_ms:

@@ -32,6 +32,7 @@ def plan(
     query: str = "",
     batches: t.Any = 1,
     failure_budget: t.Any = 0,
+    pause_budget: t.Any = None,
     skip_blocked: bool = False,
 ) -> dict[str, t.Any]:
     """Whom to update, from what the check of every host returned.
@@ -41,12 +42,14 @@ def plan(
     :param query: a JMESPath expression over the list of all guests that returns some of them; all if empty.
     :param batches: hosts per batch, as Ansible's ``serial`` has them.
     :param failure_budget: how many hosts, or which part of them (``"5%"``), may be out of reach.
+    :param pause_budget: as for `gate`; only looked at, so that a mistake in it is seen before anything has changed.
     :param skip_blocked: whether guests and hosts that the check refuses are left out.
     :returns: ``pending``, the guests of each host that are to be updated, with their ``labels`` and ``run_states``;
         ``batches`` of hosts; the numbers ``up_to_date`` and ``left_out``; ``refused`` and ``unreachable``, a
-        sentence each; ``obstacles``, the sentences for which nothing may begin; ``notes`` on the labels.
-    :raises AnsibleFilterError: the query, the batches, a label or the budget makes no sense.
+        sentence each; ``obstacles``, the sentences for which nothing may begin; ``notes`` on what is not looked at.
+    :raises AnsibleFilterError: the query, the batches, a label or a budget makes no sense.
     """
+    _limits(pause_budget)
     hosts = {host: item or {"check": {"msg": "It failed before it was checked."}} for host, item in hosts.items()}
     unreachable = {host: _reason(item["check"]) for host, item in hosts.items() if item["check"].get("unreachable")}
     refused: list[dict[str, t.Any]] = []
@@ -58,8 +61,11 @@ def plan(
             if host not in unreachable:
                 refused.append({"host": host, "guest": None, "message": _reason(check)})
             continue
-        labels = {name: _labels(name, value) for name, value in (item.get("labels") or {}).items()}
-        guests += [{**guest, "host": host, "labels": labels.pop(guest["name"], [])} for guest in check["guests"]]
+        of_each = _mapping("live_update_labels", item.get("labels"))
+        labels = {name: _labels(name, value) for name, value in of_each.items()}
+        named = [guest for guest in check["guests"] if not guest.get("unnamed")]
+        guests += [{**guest, "host": host, "labels": labels.pop(guest["name"], [])} for guest in named]
+        notes += [f"{host}: {guest['message']}" for guest in check["guests"] if guest.get("unnamed")]
         notes += [f"{host}: live_update_labels names {name}, which is not there" for name in labels]
     chosen = _query(guests, query)
     pending: dict[str, list[dict[str, t.Any]]] = {host: [] for host in hosts}
@@ -67,6 +73,11 @@ def plan(
     for guest in chosen:
         begun = guest.get("phase") not in ENDED
         gone = guest["failed"] and guest["error"]["code"] == "guest-not-found"
+        if gone and begun:
+            guest["message"] += (
+                f" Its update was begun by an earlier run ({guest['phase']}): run vmfleet.cpr.live_update on this host,"
+                " which ends that and says what became of it."
+            )
         if guest.get("up_to_date") and not begun:
             up_to_date += 1
         elif gone or (guest["failed"] or guest.get("verdict") == "blocked") and not begun:
@@ -121,6 +132,26 @@ def _labels(guest: str, value: t.Any) -> list[str]:
     return [str.__str__(item) for item in values]
 
 
+def _mapping(name: str, value: t.Any) -> Fact:
+    if value is not None and not isinstance(value, t.Mapping):
+        raise AnsibleFilterError(
+            f"{name} is {value!r}, and must be a dictionary. On the command line that is -e '{{\"{name}\": {{…}}}}'."
+        )
+    return value or {}
+
+
+def _limits(pause_budget: t.Any) -> dict[str, float]:
+    try:
+        found = {name: float(most) for name, most in _mapping("live_update_pause_budget", pause_budget).items()}
+    except (TypeError, ValueError):
+        found = {"": 0.0}
+    if not found.keys() <= {"p50", "p99", "largest"}:
+        raise AnsibleFilterError(
+            f"live_update_pause_budget is {pause_budget}, and has milliseconds for p50, p99 and largest, or some of these."
+        )
+    return found
+
+
 def _reason(result: Fact) -> str:
     return str(result.get("msg") or "It did not answer.")
 
@@ -138,7 +169,12 @@ def _query(guests: list[dict[str, t.Any]], query: str) -> list[dict[str, t.Any]]
         # Its functions take no strings of Ansible's, which are of a type of their own.
         answer = jmespath.search(query, json.loads(json.dumps(guests)))
     except jmespath.exceptions.JMESPathError as error:
-        raise AnsibleFilterError(f"live_update_guest_query can't be used: {error}") from error
+        hint = ""
+        if isinstance(error, jmespath.exceptions.JMESPathTypeError) and error.actual_type == "null":
+            hint = (
+                " Not every guest has that value: ask for it first, like [?version && starts_with(version, '10.0.')]."
+            )
+        raise AnsibleFilterError(f"live_update_guest_query can't be used: {error}{hint}") from error
     by_key = {(guest["host"], guest["name"]): guest for guest in guests}
     try:
         keys = dict.fromkeys((item["host"], item["name"]) for item in answer)
@@ -171,52 +207,72 @@ def split(hosts: list[str], batches: t.Any) -> list[list[str]]:
     return found
 
 
-def rounds(plan: Fact, hosts: t.Sequence[str], lost: t.Container[str] = ()) -> list[dict[str, list[str]]]:
+def rounds(plan: Fact, hosts: t.Sequence[str]) -> list[dict[str, list[str]]]:
     """A batch's guests, so that none with the same label are updated at once on different hosts.
 
     :param plan: as `plan` returned it.
     :param hosts: the batch.
-    :param lost: hosts that did not answer in the middle of an update. It may go on there, so guests with a label of one
-        of theirs are left out.
     :returns: one after another, the guests of each host that can be updated side by side.
     """
     found: list[dict[str, list[str]]] = []
-    # One more at the front, in which nobody goes: the labels of the lost.
-    taken: list[dict[str, str | None]] = [{}]
-    for host, of_guests in plan["labels"].items():
-        if host in lost:
-            taken[0].update(dict.fromkeys(sum(of_guests.values(), []), host))
+    taken: list[dict[str, str]] = []
     for host in hosts:
         for guest in plan["pending"].get(host, ()):
             labels = plan["labels"][host][guest]
-            if host in lost or any(label in taken[0] for label in labels):
-                continue
-            number = 1
+            number = 0
             while number < len(taken) and any(taken[number].get(label, host) != host for label in labels):
                 number += 1
             if number == len(taken):
                 found.append({})
                 taken.append({})
-            found[number - 1].setdefault(host, []).append(guest)
+            found[number].setdefault(host, []).append(guest)
             taken[number].update(dict.fromkeys(labels, host))
     return found
 
 
-def outcomes(noted: t.Sequence[Fact], hosts: t.Sequence[str], plan: Fact) -> list[dict[str, t.Any]]:
+def without(rounds: t.Sequence[t.Mapping[str, list[str]]], plan: Fact, lost: t.Sequence[str]) -> list[dict[str, t.Any]]:
+    """The rounds without the lost hosts, and without guests that have a label of one of theirs.
+
+    :param rounds: as `rounds` returned them.
+    :param plan: as `plan` returned it.
+    :param lost: hosts on which an update may still go on, though nobody waits for it.
+    """
+    taken = {label for host in lost for labels in plan["labels"].get(host, {}).values() for label in labels}
+    return [
+        {
+            host: [guest for guest in guests if taken.isdisjoint(plan["labels"][host][guest])]
+            for host, guests in found.items()
+            if host not in lost
+        }
+        for found in rounds
+    ]
+
+
+def outcomes(
+    noted: t.Sequence[Fact], hosts: t.Sequence[str], plan: Fact, rounds: t.Sequence[t.Mapping[str, list[str]]]
+) -> list[dict[str, t.Any]]:
     """What became of every host of a batch.
 
     :param noted: what was noted of each; nothing of one that failed before.
+    :param rounds: what was tried.
     """
     return [
         {"found": {"msg": "It failed before its guests could be looked at."}, **item, "host": host,
-         "wanted": plan["pending"][host], "was": plan["run_states"][host]}
+         "wanted": [guest for found in rounds for guest in found.get(host, ())], "was": plan["run_states"][host]}
         for host, item in zip(hosts, noted)
     ]  # fmt: skip
 
 
 def lost(outcomes: t.Sequence[Fact]) -> list[str]:
-    """The hosts of which it is not known whether an update still goes on there."""
-    return [outcome["host"] for outcome in outcomes if "guests" not in outcome["found"]]
+    """The hosts of which it is not known whether an update still goes on there, or is known that it does."""
+    return [
+        outcome["host"]
+        for outcome in outcomes
+        if "guests" not in outcome["found"]
+        or any(
+            guest["name"] in outcome["wanted"] and guest["phase"] not in ENDED for guest in outcome["found"]["guests"]
+        )
+    ]
 
 
 def gate(
@@ -224,7 +280,7 @@ def gate(
     batch: t.Sequence[str],
     *,
     failure_budget: t.Any = 0,
-    pause_budget: t.Mapping[str, float] | None = None,
+    pause_budget: t.Any = None,
 ) -> dict[str, t.Any]:
     """Whether to go on after a batch.
 
@@ -249,11 +305,11 @@ def gate(
     limit = allowed(failure_budget, tried)
     if len(failures) > limit:
         reasons.append(f"{len(failures)} failed, and live_update_failure_budget allows {limit} of {tried} guests.")
-    for name, most in (pause_budget or {}).items():
-        if measured.get(name, 0) > float(most):
+    for name, most in _limits(pause_budget).items():
+        if measured.get(name, 0) > most:
             reasons.append(
                 f"The {name} of this batch's pauses is {measured[name]:.1f} ms, and live_update_pause_budget allows"
-                f" {float(most):g}; the longest was that of {measured['slowest']}."
+                f" {most:g}; the longest was that of {measured['slowest']}."
             )
     for outcome in outcomes:
         if outcome["host"] in batch and _is_unwell(outcome):
@@ -280,6 +336,8 @@ def _pauses(outcome: Fact) -> list[tuple[float, str]]:
 def _is_unwell(outcome: Fact) -> bool:
     """Whether the command failed, or could not be asked."""
     health = outcome.get("health") or {"skipped": True}
+    if health.get("unreachable") and outcome["found"].get("unreachable"):
+        return False  # the host is lost, and its guests count as failures
     return not health.get("skipped") and health.get("rc") != 0
 
 
@@ -308,11 +366,19 @@ def _trouble(outcome: Fact, name: str, guest: Fact | None) -> str | None:
     if not guest["up_to_date"] or guest["phase"] not in ENDED:
         # What failed says whom it is about; what concerns the whole host does not.
         said = outcome.get("messages") or ()
-        own = [text for text in said if re.search(rf"(^|\s){re.escape(name)}:", text)]
-        return (own or [*said, f"It runs on QEMU {guest['version']} still; its update is {guest['phase']}."])[0]
-    if guest["run_state"] not in ("running", outcome.get("was", {}).get(name)):
+        own = [text for text in said if _is_about(text, [name])]
+        of_all = [text for text in said if not _is_about(text, outcome["wanted"])]
+        still = f"It runs on QEMU {guest['version']} still; its update is {guest['phase']}."
+        return [*own, *of_all, still][0]
+    if guest["phase"] is not None and (guest["new"] or {}).get("pid") != guest["pid"]:
+        return f"It was started anew since (process {guest['pid']}): it did not go on."
+    if guest["run_state"] != "running" and (guest["run_state"], outcome.get("was", {}).get(name)) != ("paused",) * 2:
         return f"It runs on the new QEMU, and is {guest['run_state']}."
     return None
+
+
+def _is_about(text: str, guests: t.Iterable[str]) -> bool:
+    return any(re.search(rf"(^|\s){re.escape(name)}:", text) for name in guests)
 
 
 def allowed(budget: t.Any, whole: int) -> int:
@@ -415,15 +481,18 @@ def report(plan: Fact, outcomes: t.Sequence[Fact]) -> list[str]:
     """
     rows: list[list[t.Any]] = []
     tried = {outcome["host"]: outcome for outcome in outcomes}
-    for host, names in plan["pending"].items():
+    for host, pending in plan["pending"].items():
         if host not in tried:
-            rows.append([host, 0, 0, len(names), "", "not begun"])
+            rows.append([host, 0, 0, len(pending), "", "not begun"])
             continue
+        names = tried[host]["wanted"]
+        left = [name for name in pending if name not in names]
         failed = [failure["guest"] for failure in _failures(tried[host])]
         pauses = [pause for pause, dummy in _pauses(tried[host])]
         longest = f"{max(pauses):.1f}" if pauses else ""
-        said = f"failed: {', '.join(failed)}" if failed else ""
-        rows.append([host, len(names) - len(failed), len(failed), 0, longest, said])
+        said = [f"failed: {', '.join(failed)}"] if failed else []
+        said += [f"left out, since an update may still go on on a lost host: {', '.join(left)}"] if left else []
+        rows.append([host, len(names) - len(failed), len(failed), len(left), longest, "; ".join(said)])
     rows += [[host, 0, 0, "?", "", f"unreachable: {why}"] for host, why in plan["unreachable"].items()]
     rows += [
         [item["host"], 0, 0, 1 if item["guest"] else "?", "", _sentence({**item, "host": None})]

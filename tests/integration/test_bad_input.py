@@ -9,13 +9,14 @@ import os
 import pathlib
 import socket
 import struct
+import subprocess
 
 import pytest
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import qemu_binary
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from tests.guests.ansible import live_update
-from tests.guests.guest import NEW_SUITE, OLD_SUITE, Qmp, qemu
+from tests.guests.guest import NEW_SUITE, OLD_SUITE, Qmp, qemu, wait_until
 
 
 @pytest.fixture(name="refused")
@@ -68,6 +69,20 @@ def test_a_wrapper_script_is_seen_through(start, host, tmp_path):
     assert os.readlink(f"/proc/{guest.pid()}/exe") == qemu(NEW_SUITE)
     (again,) = host.launch(guest, qemu_binary=str(wrapper))
     assert not again.changed and again.error is None
+
+
+def test_a_qemu_without_a_name_is_told_of(start, host):
+    named = start("named")
+    with subprocess.Popen([qemu(NEW_SUITE), "-machine", "q35", "-S", "-display", "none", "-nodefaults"]) as unnamed:
+        try:
+            key = f"process {unnamed.pid}"
+            wait_until(lambda: key in {item.guest for item in host.preflight()}, "it is seen")
+            found = {item.guest: item.as_dict() for item in host.preflight()}
+        finally:
+            unnamed.kill()
+    assert found["named"]["verdict"] == "ready"
+    assert found[key]["unnamed"] and found[key]["reasons"][0]["code"] == "guest-unnamed"
+    assert key not in {item.guest for item in host.preflight(named)}
 
 
 def test_a_name_that_is_not_there_or_there_twice(start, refused, host):

@@ -15,6 +15,7 @@ import time
 import pytest
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
+from tests.guests.ansible import HYPERVISOR_PYTHON, playbook
 from tests.guests.guest import NEW_SUITE, OLD_SUITE, Guest, is_alive, qemu, wait_until
 
 
@@ -287,6 +288,26 @@ def test_after_a_reboot_nobody_is_taken_for_the_guests_qemu(start, host):
     data["phase"] = "restoring"
     data["new"] = {**data["old"], "pid": bystander.pid(), "start_time": int(fields[19])}
     record.write_text(json.dumps(data), encoding="utf-8")
-    done(host.restore(guest))
+    (outcome,) = host.restore(guest)
+    assert outcome.error is None and outcome.as_dict()["host_rebooted"]
     goes_on(guest)
     goes_on(bystander)
+
+
+def test_a_host_that_has_rebooted_already_is_not_rebooted_again(start, host):
+    """Whoever began it died while the host was down. Here it could not be: its connection is local."""
+    guest = start("rebooted")
+    done(host.checkpoint(guest))
+    record = host.state / "rebooted" / "update.json"
+    data = json.loads(record.read_text(encoding="utf-8"))
+    data["checkpoint"]["boot_id"] = "of the boot before"
+    record.write_text(json.dumps(data), encoding="utf-8")
+    local = {"hypervisor": {"ansible_connection": "local", "ansible_python_interpreter": HYPERVISOR_PYTHON}}
+    variables = {"host_reboot_checkpoint_directory": str(host.state), "host_reboot_guests": ["rebooted"]}
+    run = playbook("host_reboot", local, variables)
+    assert run.returncode == 0, run.stdout
+    assert "rebooted. It is not rebooted again." in run.stdout
+    goes_on(guest)
+    run = playbook("host_reboot", local, variables)
+    assert run.returncode != 0 and "reboot" in run.stdout
+    goes_on(guest)

@@ -14,7 +14,7 @@ import pytest
 from ansible_collections.vmfleet.cpr.plugins.module_utils import launcher
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import retire, rollback, switch
-from tests.guests.guest import Qmp, is_alive, wait_until
+from tests.guests.guest import OLD_SUITE, Qmp, is_alive, qemu, wait_until
 
 
 def new_pid(guest, old):
@@ -261,6 +261,28 @@ def test_a_new_qemu_that_ends_after_the_commit_is_told_from_one_that_can_be_undo
     (outcome,) = host.resume(guest)
     assert outcome.error.code == "new-qemu-gone" and str(old) in outcome.error.hint
     assert guest.status() == "postmigrate"
+
+
+def test_a_guest_that_went_down_on_the_new_qemu_is_free_for_the_next_update_once_it_was_started_anew(switched, host):
+    guest = switched[0]
+    guest.kill()
+    guest.start(qemu(OLD_SUITE))
+    (outcome,) = host.launch(guest)
+    assert outcome.error.code == "new-qemu-gone"
+    host.until("resume", guest)
+    assert guest.version().startswith("11.1.")
+
+
+def test_an_update_whose_guest_is_gone_is_ended_by_the_next_run(start, host):
+    guest, other = start("gone"), start("other")
+    host.until("setup", guest)
+    guest.kill()
+    judged = {item.guest: item for item in host.preflight(guest, other)}
+    assert judged["gone"].error.code == "guest-not-found" and judged["other"].error is None
+    started = {item.guest: item for item in host.launch(guest, other)}
+    assert started["gone"].error.code == "old-qemu-gone" and not started["other"].changed
+    assert host.record(guest)["phase"] == "rolled-back"
+    host.until("resume", other)
 
 
 @pytest.fixture(name="stranded")

@@ -254,6 +254,14 @@ def test_versions_that_nobody_needs_go_and_others_stay(store, guest_of):
     assert sorted(back.result["removed"]) == [f"{store.directory}/a1", f"{store.directory}/a2"]
     assert store.names() == [".lock", "a3", "bin", "by-hand"]
 
+    # Which may be the very link that new guests get it by. And what is said in text counts, not that there is one.
+    same = store.run("path", path=store.link, keep=0)
+    assert same.ok and same.changed == 0 and same.result["default"] == store.binary("a3")
+    other = store.run("path", path=INSTALLED, keep=0, default="false")
+    assert other.ok and other.changed == 0 and other.result["default"] == store.binary("a3")
+    wrong = store.run("unpacked", version="a4", packages="/a.deb,b")
+    assert not wrong.ok and "[bad-argument]" in wrong.output
+
 
 def test_an_upgrade_in_place_keeps_what_running_guests_need(store, guest_of):
     old = guest_of("upgraded", INSTALLED)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 
 import ansible_runner
 import pytest
@@ -53,6 +54,14 @@ class Fleet:
             guest.check_continuity()
         return {name for name, guest in self.guests.items() if guest.version().startswith("11.1.")}
 
+    def updated_but(self, *names):
+        """The same of all but these guests, of which nothing is known."""
+        guests, self.guests = self.guests, {name: guest for name, guest in self.guests.items() if name not in names}
+        try:
+            return self.updated()
+        finally:
+            self.guests = guests
+
     def record(self, host, guest):
         """A guest's update record."""
         return json.loads((self.place / host / guest / "update.json").read_text())
@@ -86,6 +95,8 @@ def test_a_fleet_is_updated_batch_by_batch_and_once(fleet):
     assert dry.returncode == 0
     assert "batch 1: hv0 (web0, db0)" in dry.stdout.replace("db0, web0", "web0, db0")
     assert "batch 3" in dry.stdout
+    assert "skipping: no hosts matched" in dry.stdout  # no batch, and no verdict on one
+    assert "passed" not in dry.stdout
     assert fleet.updated() == set()
 
     run = fleet.run(batches=[1, "50%"])
@@ -192,6 +203,13 @@ def test_a_query_chooses_the_guests(fleet):
     run = fleet.run(guest_query="[?starts_with(name")
     assert run.returncode == 2
     assert "live_update_guest_query can't be used" in run.stdout
+    mistakes = {
+        "pause_budget": '{"p50": 100}',
+        "labels": '{"web0": "db"}',
+    }
+    for name, value in mistakes.items():
+        run = fleet.run(**{name: value})
+        assert run.returncode == 2 and f"live_update_{name} is" in run.stdout
     run = fleet.run(guest_query="[].name")
     assert run.returncode == 2
     assert "must return guests" in run.stdout
@@ -209,6 +227,47 @@ def test_guests_with_one_label_are_not_updated_at_once(fleet):
         spans.append((record["changed_at"] - sum(record["durations_ms"].values()) / 1000, record["changed_at"]))
     spans.sort()
     assert all(before[1] <= after[0] for before, after in zip(spans, spans[1:]))
+
+
+def test_what_may_go_on_on_a_lost_host_keeps_its_label(fleet, tmp_path):
+    """It goes just when its guest is to be switched."""
+    link = tmp_path / "link"
+    link.write_text("local")
+    fleet.host("hv0", "a0", live_update_labels={"a0": "db"})
+    fleet.host("hv1", "a1", "b1", live_update_labels={"a1": "db"})
+    fleet.host("hv2", "a2", live_update_labels={"a2": "db"})
+    goes = f"{{{{ 60 if __live_update_set_up is not defined or lookup('pipe', 'echo ssh >{link}') else 60 }}}}"
+    lost = {**OUT_OF_REACH, "ansible_connection": f"{{{{ lookup('file', '{link}') }}}}"}
+    fleet.inventory["hv0"].update(lost, live_update_copy_timeout=goes)
+    run = fleet.run(batches=[2], failure_budget=5)
+    assert run.returncode == 2
+    assert fleet.updated_but("a0") == {"b1"}
+    assert "[host-lost]" in run.stdout or "hv0: Failed to connect" in run.stdout
+    assert "left out, since an update may still go on on a lost host: a1" in run.stdout
+    assert "left out, since an update may still go on on a lost host: a2" in run.stdout
+    assert {name: host["failed"] for name, host in recap(run).items()} == {"hv0": 1, "hv1": 0, "hv2": 0}
+    link.write_text("local")
+    del fleet.inventory["hv0"]["live_update_copy_timeout"]
+    assert fleet.run().returncode == 0
+    assert fleet.updated() == set(fleet.guests)
+
+
+def test_a_guest_that_was_started_anew_meanwhile_did_not_go_on(fleet, tmp_path):
+    """Its new QEMU dies, and the service starts it anew, as new as the fleet is to be."""
+    fleet.host("hv0", "one0")
+    fleet.host("hv1", "one1")
+    anew = tmp_path / "anew"
+    guest = fleet.guests["one0"]
+    anew.write_text(
+        f"kill -KILL $(pgrep -f guest=one0,)\nsleep 1\nrm -f {guest.monitor}\n"
+        f"setsid {shlex.join([qemu(NEW_SUITE), *guest.words])} >/dev/null 2>&1 </dev/null &\n"
+        f"while [ ! -S {guest.monitor} ]; do sleep 0.1; done\n"
+    )
+    fleet.inventory["hv0"]["live_update_health_command"] = f"sh {anew}"
+    run = fleet.run(batches=[1])
+    assert run.returncode == 2
+    assert "It was started anew since" in run.stdout and "[gate-closed]" in run.stdout
+    assert fleet.guests["one1"].version().startswith("10.0.")
 
 
 def test_a_host_whose_health_can_t_be_asked_is_not_well(fleet):

@@ -20,7 +20,7 @@ def guest(name, **facts):
     return {
         "name": name, "failed": False, "error": None, "message": f"{name} can go", "phase": None, "up_to_date": False,
         "verdict": "ready", "reasons": [], "mode": "cpr-transfer", "version": "10.0.2", "wanted_version": "11.1.3",
-        **facts,
+        "pid": 1, "new": None, **facts,
     }  # fmt: skip
 
 
@@ -60,8 +60,11 @@ def test_what_is_done_is_not_done_again_and_what_was_begun_is_ended():
         (host("a", failed=True, msg="no binary"), "a: no binary"),
         (("a", {}), "a: It failed before it was checked."),
         (
-            host("a", guest("x", failed=True, message="no QEMU", error={"code": "guest-not-found"}, phase="switching")),
-            "a: x: no QEMU",
+            host(
+                "a", guest("x", failed=True, message="no QEMU.", error={"code": "guest-not-found"}, phase="switching")
+            ),
+            "a: x: no QEMU. Its update was begun by an earlier run (switching): run vmfleet.cpr.live_update on this host,"
+            " which ends that and says what became of it.",
         ),
     ],
 )
@@ -117,6 +120,30 @@ def test_a_query_that_returns_no_guests_is_refused(query):
         plan_of([host("a", guest("x"))], query=query)
 
 
+def test_a_query_for_what_not_every_guest_has_is_told_how():
+    hosts = [host("a", guest("x"), guest("y", version=None))]
+    with pytest.raises(AnsibleFilterError, match=r"\[\?version && starts_with"):
+        plan_of(hosts, query="[?starts_with(version, '10.0.')]")
+    assert plan_of(hosts, query="[?version && starts_with(version, '10.0.')]")["pending"] == {"a": ["x"]}
+
+
+def test_a_qemu_without_a_name_is_said_and_stops_nothing():
+    unnamed = {"name": "process 7", "failed": False, "message": "It has no -name.", "unnamed": True, "phase": None,
+               "verdict": "blocked", "up_to_date": False, "mode": None,
+               "reasons": [{"message": "It has no -name.", "code": "guest-unnamed"}]}  # fmt: skip
+    hosts = [host("a", guest("x"), unnamed)]
+    plan = plan_of(hosts)
+    assert plan["pending"] == {"a": ["x"]} and plan["obstacles"] == []
+    assert "a: It has no -name." in fleet.summary(plan)
+    assert "process 7" in fleet.status(dict(hosts))[2] and "[guest-unnamed]" in fleet.status(dict(hosts))[2]
+
+
+@pytest.mark.parametrize("budget", ['{"p50": 100}', {"p50": None}, {"p95": 5}, {"p50": "much"}, [100]])
+def test_a_pause_budget_that_is_none_is_refused_before_anything_changes(budget):
+    with pytest.raises(AnsibleFilterError, match="live_update_pause_budget"):
+        plan_of([host("a", guest("x"))], pause_budget=budget)
+
+
 @pytest.mark.parametrize(
     ("number", "batches", "sizes"),
     [
@@ -145,7 +172,7 @@ def test_batches_that_are_none_are_refused(batches):
         fleet.split(["a"], batches)
 
 
-@pytest.mark.parametrize("labels", [{"x": None}, {"x": 5}, {"x": [["a"]]}])
+@pytest.mark.parametrize("labels", [{"x": None}, {"x": 5}, {"x": [["a"]]}, '{"x": "db"}'])
 def test_labels_that_are_none_are_refused(labels):
     with pytest.raises(AnsibleFilterError, match="live_update_labels"):
         plan_of([host("a", guest("x"), labels=labels)])
@@ -161,9 +188,38 @@ def test_guests_with_a_label_of_a_lost_host_are_left_out():
     plan = plan_of(
         [host(name, guest("x"), guest("y"), labels=labels if name != "c" else {"x": "web"}) for name in "abc"]
     )
-    assert fleet.rounds(plan, ["b", "c"], lost=["a"]) == [{"c": ["y"]}]
-    assert fleet.rounds(plan, ["a"], lost=["a"]) == []
-    assert fleet.lost([outcome("a", wanted=["x"], found=UNREACHABLE), outcome("b", moved("x"))]) == ["a"]
+    rounds = fleet.rounds(plan, ["a", "b", "c"])
+    assert rounds == [{"a": ["x", "y"], "c": ["y"]}, {"b": ["x", "y"]}, {"c": ["x"]}]
+    assert fleet.without(rounds, plan, ["a"]) == [{"c": ["y"]}, {"b": []}, {"c": []}]
+    assert fleet.without(rounds, plan, []) == rounds
+
+
+def test_a_host_is_lost_as_long_as_an_update_may_go_on_there():
+    outcomes = [
+        outcome("a", wanted=["x"], found=UNREACHABLE),
+        outcome("b", moved("x"), guest("y", phase="rolled-back"), guest("z", phase="switching"), wanted=["x", "y"]),
+        outcome("c", guest("x", phase="switching")),
+        outcome("d", guest("x", phase="switching", failed=True, message="monitor-busy")),
+    ]
+    assert fleet.lost(outcomes) == ["a", "c", "d"]
+
+
+def test_a_guest_that_was_left_out_for_a_lost_host_did_not_fail():
+    plan = plan_of([host(name, guest("x"), guest("y"), labels={"y": "db"}) for name in "ab"])
+    rounds = fleet.rounds(plan, ["a", "b"])
+    assert rounds == [{"a": ["x", "y"], "b": ["x"]}, {"b": ["y"]}]
+    rounds = rounds[:1] + fleet.without(rounds[1:], plan, ["a"])
+    noted = [{"found": UNREACHABLE}, {"found": {"guests": [moved("x"), guest("y", run_state="running")]}}]
+    outcomes = fleet.outcomes(noted, ["a", "b"], plan, rounds)
+    verdict = fleet.gate(outcomes, ["a", "b"], failure_budget=2)
+    assert (verdict["passed"], verdict["updated"], verdict["tried"]) == (True, 1, 3)
+    assert "left out, since an update may still go on on a lost host: y" in fleet.report(plan, outcomes)[2]
+
+
+def test_the_health_of_a_lost_host_is_its_failure_only():
+    lost = outcome("a", wanted=["x"], found=UNREACHABLE, health=UNREACHABLE)
+    assert fleet.gate([lost], ["a"], failure_budget=1)["reasons"] == []
+    assert fleet.gate([lost], ["a"])["reasons"] == ["1 failed, and live_update_failure_budget allows 0 of 1 guests."]
 
 
 LABELS = strategies.lists(strategies.sampled_from("abc"), max_size=2)
@@ -197,7 +253,7 @@ def outcome(name, *guests, wanted=None, **more):
 
 
 def moved(name, pause=5.0, **facts):
-    return guest(name, up_to_date=True, phase="finished", pause_ms=pause, run_state="running", **facts)
+    return guest(name, up_to_date=True, phase="finished", pause_ms=pause, run_state="running", new={"pid": 1}, **facts)
 
 
 def test_a_batch_in_which_all_is_well_passes():
@@ -216,6 +272,9 @@ def test_a_batch_in_which_all_is_well_passes():
         (moved("x") | {"phase": "switched"}, "its update is switched"),
         (moved("x") | {"run_state": "guest-panicked"}, "guest-panicked"),
         (moved("x") | {"run_state": "paused"}, "paused"),
+        (moved("x") | {"run_state": None}, "None"),
+        (moved("x") | {"pid": 2}, "It was started anew since (process 2): it did not go on."),
+        (guest("x", up_to_date=True, phase="rolled-back", run_state="running"), "started anew"),
         (moved("other"), "It did not answer."),
         (guest("x", failed=True, message="monitor-busy"), "monitor-busy"),
     ],
@@ -239,7 +298,7 @@ def test_a_guest_that_was_paused_may_be_so():
 def test_a_host_of_which_nothing_was_noted_is_a_failure():
     plan = plan_of([host("a", guest("x")), host("b", guest("y"))])
     noted = {"found": {"guests": [moved("x")]}}
-    outcomes = fleet.outcomes([noted, {}], ["a", "b"], plan)
+    outcomes = fleet.outcomes([noted, {}], ["a", "b"], plan, fleet.rounds(plan, ["a", "b"]))
     verdict = fleet.gate(outcomes, ["a", "b"])
     assert not verdict["passed"] and (verdict["updated"], verdict["tried"]) == (1, 2)
     assert [failure["host"] for failure in verdict["failures"]] == ["b"]
@@ -250,12 +309,14 @@ def test_a_host_of_which_nothing_was_noted_is_a_failure():
     ("messages", "said"),
     [
         (["y: other", "x: own"], "x: own"),
+        (["y: other"], "It runs on QEMU 10.0.2 still; its update is None."),
         (["web-x: other"], "web-x: other"),
         (["The host is broken."], "The host is broken."),
     ],
 )
 def test_what_failed_on_the_host_is_said(messages, said):
-    verdict = fleet.gate([outcome("a", guest("x", run_state="running"), messages=messages)], ["a"])
+    guests = [guest("x", run_state="running"), moved("y")]
+    verdict = fleet.gate([outcome("a", *guests, messages=messages)], ["a"])
     assert verdict["failures"][0]["message"] == said
 
 

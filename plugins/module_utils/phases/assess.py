@@ -58,7 +58,19 @@ async def assess_all(task: Task) -> list[Outcome]:
             outcome.update = task.journal.load(name)
             return outcome
 
-        return await task.for_each(names, "preflight", one)
+        unnamed = [] if task.guests else everyone.get(None, [])
+        return [*await task.for_each(names, "preflight", one), *map(_unnamed, unnamed)]
+
+
+def _unnamed(qemu: process.QemuProcess) -> Outcome:
+    pid = qemu.identity.pid
+    reason = CprError(
+        "guest-unnamed",
+        f"The QEMU of process {pid} has no -name, and nothing can be done with it.",
+        "Give it a -name when it next starts.",
+    )
+    judged = {"up_to_date": False, "mode": None, **_verdict([reason], [])}
+    return Outcome(f"process {pid}", False, str(reason), extra={"pid": pid, "unnamed": True, **judged})
 
 
 def _is_up_to_date(inspection: preflight.Inspection, binary: Binary) -> bool:

@@ -156,8 +156,6 @@ async def reach_running(update: journal.Update, watch: Watch, timeout: float) ->
 def _lost(update: journal.Update, watch: Watch) -> CprError:
     failure = failures.new_qemu_gone(update)
     if watch.ended.is_set():
-        rollback.remove_traces(update)
         failure.hint = "Start the guest anew; its disks are as after a power cut."
-        with contextlib.suppress(CprError):  # the failure itself says more
-            update.enter(journal.ROLLED_BACK, str(failure))
+        rollback.write_off(update, failure)
     return failure

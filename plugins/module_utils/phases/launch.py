@@ -114,7 +114,12 @@ async def _launch_all(task: Task, probe: qemu_binary.Probe) -> list[Outcome]:
     binary = probe.binary
     everyone = guests.by_name(process.find(), task.journal)
     go_on = task.parameters["when_refused"] == "go-on"
-    names, found = (task.guests, {}) if task.guests and go_on else guests.select(task.guests, everyone)
+    under_way = task.journal.guests_under_way()
+    names = task.guests or sorted({*guests.select([], everyone)[0], *under_way})
+    found: dict[str, process.QemuProcess] = {}
+    misspelt = [name for name in names if name not in everyone and name not in under_way]
+    if misspelt and not go_on:
+        guests.select(misspelt, everyone)
     wishes = handshake.Wishes.of(task.parameters)
     plans: dict[str, Plan] = {}
 

@@ -24,12 +24,15 @@ async def recover(update: journal.Update, *, timeout: float) -> bool:
 
     :param timeout: seconds for each connection.
     :returns: whether the guest is on the new QEMU.
-    :raises CprError: as `rollback.roll_back` and `retire.retire`.
+    :raises CprError: as `rollback.roll_back` and `retire.retire`. ``old-qemu-gone``, and ``new-qemu-gone`` where the
+        old one is gone too, end the update: a guest that was started anew since is free for the next one.
     """
     old, new = failures.both(update)
     with Watch(old.identity) as old_watch, Watch(new.identity) as new_watch:
         verdict = await reach.judge(update, old_watch, new_watch)
         forward = verdict in (Verdict.FORWARD, Verdict.EITHER)
+        if forward and old_watch.ended.is_set() and new_watch.ended.is_set() and update.mode != CPR_EXEC:
+            raise rollback.write_off(update, failures.new_qemu_gone(update))
         if forward:
             async with await _new_monitor(update, new_watch, timeout) as monitor:
                 if update.phase == journal.SWITCHING:

@@ -63,16 +63,24 @@ async def restore_all(task: Task) -> list[Outcome]:
     async def one(name: str) -> Outcome:
         if task.check_mode:
             update = t.cast(journal.Update, task.journal.load(name))
-            return Outcome(name, True, "The guest would be restored.", update)
+            return Outcome(name, True, "The guest would be restored.", update, extra=_since(update))
         with task.hold(name) as update:
             # Only what is seen under the lock counts: another task may have restored it meanwhile.
             if update.phase not in (*_RESTORABLE, journal.CHECKPOINTING):
-                return Outcome(name, False, "The guest was restored already.", update)
+                return Outcome(name, False, "The guest was restored already.", update, extra={"host_rebooted": False})
+            since = _since(update)
             running = guests.by_name(process.find(), task.journal).get(name, [])
             task.claim(update)
-            return await restore(update, running, timeout=task.timeout, **options)
+            outcome = await restore(update, running, timeout=task.timeout, **options)
+            outcome.extra.update(since)
+            return outcome
 
     return await task.for_each(names, "restore", one)
+
+
+def _since(update: journal.Update) -> dict[str, t.Any]:
+    """What has happened since the checkpoint."""
+    return {"host_rebooted": update.checkpoint.get("boot_id") != process.boot_id()}
 
 
 def _in_order(task: Task) -> list[str]:
@@ -110,11 +118,11 @@ async def restore(
         ``restore-failed``; the checkpoint is complete and nothing runs the guest, but for the two in the middle.
     """
     started = time.monotonic()
-    if update.checkpoint["boot_id"] != process.boot_id():
+    if update.checkpoint.get("pids_of", update.checkpoint["boot_id"]) != process.boot_id():
         # Whoever has these pids by now is somebody else.
         for qemu in filter(None, (update.old, update.new)):
             qemu.start_time = -1
-        update.checkpoint["boot_id"] = process.boot_id()
+        update.checkpoint["pids_of"] = process.boot_id()
     finished = await _take_up(update, running, timeout)
     if finished:
         return finished

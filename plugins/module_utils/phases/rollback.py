@@ -68,8 +68,12 @@ async def roll_back(update: journal.Update, *, timeout: float) -> Outcome:
 async def give_up(update: journal.Update, new_watch: Watch) -> CprError:
     """Clear up after an old QEMU that ended with the guest on it; the failure to raise."""
     await _end_new(update, new_watch)
+    return write_off(update, failures.old_qemu_gone(update))
+
+
+def write_off(update: journal.Update, failure: CprError) -> CprError:
+    """End the update of a guest that is down, and clear up after it; the failure to raise."""
     remove_traces(update)
-    failure = failures.old_qemu_gone(update)
     with contextlib.suppress(CprError):  # the failure itself says more
         update.enter(journal.ROLLED_BACK, str(failure))
     return failure

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_REBOOT, PRECOPY
-from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Event, Monitor
+from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import COMMAND_TIMEOUT, Event, Monitor
 from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import failures, reach, rollback
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 
@@ -129,7 +129,7 @@ class _Takeover:
         if update.mode == CPR_REBOOT:
             await old.execute("migrate", {"uri": f"file:{update.state_file}"})
             await self._until_completed("old")
-            await listen(new, {"uri": f"file:{update.state_file}"})
+            await self._listen({"uri": f"file:{update.state_file}"})
             await self._until_completed("new")
             return
         if update.mode == PRECOPY:
@@ -141,8 +141,15 @@ class _Takeover:
             await old.execute("migrate", address)
         else:
             # It ends the CPR channel, which the old QEMU takes for the word to go on.
-            await listen(new, {"channels": [_main_channel(update)]})
+            await self._listen({"channels": [_main_channel(update)]})
         await self._until_completed("old", "new")
+
+    async def _listen(self, arguments: dict[str, t.Any]) -> None:
+        """Let the new QEMU take the state, where the guest stands still by the time of its answer."""
+        try:
+            await listen(self._ends.new, arguments, self._limits.pause)
+        except CprError as error:
+            raise self._took_too_long() if error.code == "qmp-timeout" else error
 
     async def _until_completed(self, *whose: str) -> None:
         """Wait until these ends have completed, or the new one alone where the old one is gone.
@@ -276,17 +283,19 @@ def _main_channel(update: journal.Update) -> dict[str, t.Any]:
     return {"channel-type": "main", "addr": address}
 
 
-async def listen(new: Monitor, arguments: dict[str, t.Any]) -> None:
+async def listen(new: Monitor, arguments: dict[str, t.Any], timeout: float = COMMAND_TIMEOUT) -> None:
     """Let the new QEMU take the guest's state.
 
     Without exit-on-error a load error would end it before it can say why (QEMU 9.1).
+
+    :param timeout: seconds for its answer; the guest may stand still by then.
     """
     try:
-        await new.execute("migrate-incoming", {**arguments, "exit-on-error": False})
+        await new.execute("migrate-incoming", {**arguments, "exit-on-error": False}, timeout)
     except CprError as error:
         if error.code != "qmp-error" or "exit-on-error" not in str(error.qemu_description):
             raise
-        await new.execute("migrate-incoming", arguments)
+        await new.execute("migrate-incoming", arguments, timeout)
 
 
 async def _commit(
