@@ -27,6 +27,8 @@ Event = t.Mapping[str, t.Any]
 CONNECT_TIMEOUT = 5.0
 # Seconds that a QEMU gets for one command; all that are used here answer at once.
 COMMAND_TIMEOUT = 10.0
+# Connections in a row that may bring what the client before us was still owed: an event, a reply.
+_STALE = 3
 
 
 @functools.lru_cache(maxsize=None)
@@ -61,6 +63,9 @@ class Monitor:
     async def connect(cls, path: str, timeout: float = CONNECT_TIMEOUT, *, pid: int) -> Monitor:
         """Connect to a QMP monitor at a UNIX socket.
 
+        A QEMU whose client left during a command may send its event and its reply to the next client,
+        before the greeting or right after it (seen with QEMU 11.1). We leave that connection for another.
+
         :param path: where the socket lies.
         :param timeout: seconds until it must have greeted us.
         :param pid: the process that must listen there. During an update two QEMUs' monitors have
@@ -69,6 +74,16 @@ class Monitor:
             ``monitor-unreachable`` if nobody listens there or it isn't QMP;
             ``monitor-of-another`` if another process listens there.
         """
+        for dummy in range(_STALE):
+            try:
+                return await cls._connect(path, timeout, pid)
+            except CprError as error:
+                if not _is_misunderstood(error.__cause__):
+                    raise
+        return await cls._connect(path, timeout, pid)
+
+    @classmethod
+    async def _connect(cls, path: str, timeout: float, pid: int) -> Monitor:
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.setblocking(False)
@@ -201,6 +216,14 @@ class Monitor:
 
     async def __aexit__(self, *dummy: object) -> None:
         await self.close()
+
+
+def _is_misunderstood(error: BaseException | None) -> bool:
+    """Whether something answered that was no greeting, or no answer to the client's first command."""
+    from qemu.qmp import ConnectError
+    from qemu.qmp.qmp_client import GreetingError, NegotiationError
+
+    return isinstance(error, ConnectError) and isinstance(error.exc, (GreetingError, NegotiationError))
 
 
 def _busy(where: str, timeout: float) -> CprError:

@@ -145,12 +145,6 @@ def _wait(monitor: Qmp, name: str, status: str | None = None) -> float:
             return event["timestamp"]["seconds"] * 1e3 + event["timestamp"]["microseconds"] / 1e3
 
 
-def _go(monitor: Qmp, command: str, **arguments: t.Any) -> None:
-    """Send a command and leave its answer among the events."""
-    monitor._stream.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-    monitor._stream.flush()
-
-
 def _bare_precopy(guest: Guest, directory: pathlib.Path, size: int, binary: str) -> float:
     shared = ("-object", f"memory-backend-memfd,id=pc.ram,size={size}M,share=on", "-machine", "memory-backend=pc.ram")
     with guest.qmp() as old, contextlib.contextmanager(_second)(guest, directory, binary, *shared) as new:
@@ -158,12 +152,12 @@ def _bare_precopy(guest: Guest, directory: pathlib.Path, size: int, binary: str)
             monitor.execute("migrate-set-capabilities", capabilities=_BOTH)
             monitor.execute("migrate-set-parameters", **{"max-bandwidth": 0})
         new.execute("migrate-incoming", uri=f"unix:{directory}/main.sock")
-        _go(old, "migrate", uri=f"unix:{directory}/main.sock")
+        old.send("migrate", uri=f"unix:{directory}/main.sock")
         stop = _wait(old, "STOP")
         _wait(new, "MIGRATION", "completed")
-        _go(new, "cont")
+        new.send("cont")
         resume = _wait(new, "RESUME")
-        _go(old, "quit")
+        old.send("quit")
     return resume - stop
 
 
@@ -175,14 +169,14 @@ def _bare_reboot(guest: Guest, directory: pathlib.Path, dummy: int, binary: str)
             monitor.execute("migrate-set-capabilities", capabilities=capabilities)
             monitor.execute("migrate-set-parameters", **{"max-bandwidth": 0})
         old.execute("migrate-set-parameters", mode="cpr-reboot")
-        _go(old, "migrate", uri=f"file:/dev/shm/{guest.name}.state")
+        old.send("migrate", uri=f"file:/dev/shm/{guest.name}.state")
         stop = _wait(old, "STOP")
         _wait(old, "MIGRATION", "completed")
-        _go(new, "migrate-incoming", uri=f"file:/dev/shm/{guest.name}.state")
+        new.send("migrate-incoming", uri=f"file:/dev/shm/{guest.name}.state")
         _wait(new, "MIGRATION", "completed")
-        _go(new, "cont")
+        new.send("cont")
         resume = _wait(new, "RESUME")
-        _go(old, "quit")
+        old.send("quit")
     os.unlink(f"/dev/shm/{guest.name}.state")
     return resume - stop
 
@@ -193,7 +187,7 @@ def _bare_exec(guest: Guest, directory: pathlib.Path, dummy: int, binary: str) -
         old.execute("migrate-set-capabilities", capabilities=_EVENTS)
         command = [binary, *words, "-incoming", f"file:{directory}/state"]
         old.execute("migrate-set-parameters", mode="cpr-exec", **{"cpr-exec-command": command})
-        _go(old, "migrate", uri=f"file:{directory}/state")
+        old.send("migrate", uri=f"file:{directory}/state")
         stop = _wait(old, "STOP")
         while True:
             try:

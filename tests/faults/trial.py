@@ -248,7 +248,7 @@ def _run(scene: Scene, result: Result) -> t.Iterator[subprocess.Popen[str]]:
         name, value = scene.mark.split("=")
         run = start_live_update(
             qemu(NEW_SUITE), scene.state, [scene.guest.name], output, environment={name: value}, timeout=5,
-            mode=result.mode,
+            copy_timeout=30, mode=result.mode,
         )  # fmt: skip
         scene.ansible = run.pid
         try:

@@ -11,6 +11,7 @@ under test.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -69,26 +70,39 @@ def is_alive(pid: int) -> bool:
 
 
 class Qmp:
-    """A plain QMP connection."""
+    """A plain QMP connection.
+
+    What QEMU still owes the client before may come first, and is passed over.
+    """
+
+    _numbers = itertools.count()
 
     def __init__(self, path: str | os.PathLike[str], timeout: float = 10) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(timeout)
         self._socket.connect(str(path))
         self._stream = self._socket.makefile("rw")
-        self.greeting = json.loads(self._stream.readline())
+        self.greeting: dict[str, t.Any] = {}
+        while "QMP" not in self.greeting:
+            self.greeting = json.loads(self._stream.readline())
         self.execute("qmp_capabilities")
+
+    def send(self, command: str, **arguments: t.Any) -> int:
+        """Send a command, and return the number that its answer will have."""
+        number = next(self._numbers)
+        self._stream.write(json.dumps({"execute": command, "arguments": arguments, "id": number}) + "\n")
+        self._stream.flush()
+        return number
 
     def execute(self, command: str, **arguments: t.Any) -> t.Any:
         """What the command returns; KeyError with QEMU's error if it is refused."""
-        self._stream.write(json.dumps({"execute": command, "arguments": arguments}) + "\n")
-        self._stream.flush()
-        while True:
+        number = self.send(command, **arguments)
+        answer: dict[str, t.Any] = {}
+        while answer.get("id") != number:
             answer = json.loads(self._stream.readline())
-            if "error" in answer:
-                raise KeyError(answer["error"]["desc"])
-            if "return" in answer:
-                return answer["return"]
+        if "error" in answer:
+            raise KeyError(answer["error"]["desc"])
+        return answer["return"]
 
     def __enter__(self) -> Qmp:
         return self
