@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import typing as t
 
-from ansible_collections.vmfleet.cpr.plugins.plugin_utils import fleet
+from ansible_collections.vmfleet.cpr.plugins.plugin_utils import fleet_gate, fleet_plan, fleet_settings, fleet_tables
 
 
 class FilterModule:
@@ -16,14 +16,14 @@ class FilterModule:
     def filters(self) -> dict[str, t.Callable[..., t.Any]]:
         """Each by its name."""
         return {
-            "fleet_deadline": fleet.deadline,
-            "fleet_gate": fleet.gate,
-            "fleet_lost": fleet.lost,
-            "fleet_outcomes": fleet.outcomes,
-            "fleet_plan": fleet.plan,
-            "fleet_report": fleet.report,
-            "fleet_rounds": fleet.rounds,
-            "fleet_status": fleet.status,
-            "fleet_summary": fleet.summary,
-            "fleet_without": fleet.without,
+            "fleet_deadline": fleet_settings.deadline,
+            "fleet_gate": fleet_gate.gate,
+            "fleet_lost": fleet_gate.lost,
+            "fleet_outcomes": fleet_gate.outcomes,
+            "fleet_plan": fleet_plan.plan,
+            "fleet_report": fleet_tables.report,
+            "fleet_rounds": fleet_plan.rounds,
+            "fleet_status": fleet_tables.status,
+            "fleet_summary": fleet_tables.summary,
+            "fleet_without": fleet_plan.without,
         }

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import pathlib
@@ -131,6 +132,13 @@ class Host:
     def record(self, guest: Guest) -> dict[str, t.Any]:
         """The guest's update record as it lies on disk."""
         return json.loads((self.state / guest.name / "update.json").read_text(encoding="utf-8"))
+
+    @contextlib.contextmanager
+    def changed_record(self, guest: Guest) -> t.Iterator[dict[str, t.Any]]:
+        """The same, written back as it was changed."""
+        record = self.record(guest)
+        yield record
+        (self.state / guest.name / "update.json").write_text(json.dumps(record), encoding="utf-8")
 
     def _each(self, module: t.Any, name: str, guests: t.Sequence[Guest | str], parameters: t.Any) -> list[Outcome]:
         task = self.task(guests, **parameters)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import pathlib
 import signal
@@ -276,38 +275,37 @@ def test_a_qemu_that_is_killed_while_it_writes_is_told(start, host, monkeypatch)
     assert outcome.error.code == "checkpoint-incomplete"
 
 
-def test_after_a_reboot_nobody_is_taken_for_the_guests_qemu(start, host):
-    """A pid with its start time may be somebody else's after a reboot, however unlikely."""
+@pytest.fixture(name="rebooted")
+def fixture_rebooted(start, host):
+    """A guest in files since before a reboot of the host, as its record says."""
     guest = start("rebooted")
     done(host.checkpoint(guest))
-    record = host.state / "rebooted" / "update.json"
-    data = json.loads(record.read_text(encoding="utf-8"))
-    data["checkpoint"]["boot_id"] = "of the boot before"
+    with host.changed_record(guest) as record:
+        record["checkpoint"]["boot_id"] = "of the boot before"
+    return guest
+
+
+def test_after_a_reboot_nobody_is_taken_for_the_guests_qemu(start, host, rebooted):
+    """A pid with its start time may be somebody else's after a reboot, however unlikely."""
     bystander = start("bystander")
     fields = pathlib.Path(f"/proc/{bystander.pid()}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    data["phase"] = "restoring"
-    data["new"] = {**data["old"], "pid": bystander.pid(), "start_time": int(fields[19])}
-    record.write_text(json.dumps(data), encoding="utf-8")
-    (outcome,) = host.restore(guest)
+    with host.changed_record(rebooted) as record:
+        record["phase"] = "restoring"
+        record["new"] = {**record["old"], "pid": bystander.pid(), "start_time": int(fields[19])}
+    (outcome,) = host.restore(rebooted)
     assert outcome.error is None and outcome.as_dict()["host_rebooted"]
-    goes_on(guest)
+    goes_on(rebooted)
     goes_on(bystander)
 
 
-def test_a_host_that_has_rebooted_already_is_not_rebooted_again(start, host):
+def test_a_host_that_has_rebooted_already_is_not_rebooted_again(host, rebooted):
     """Whoever began it died while the host was down. Here it could not be: its connection is local."""
-    guest = start("rebooted")
-    done(host.checkpoint(guest))
-    record = host.state / "rebooted" / "update.json"
-    data = json.loads(record.read_text(encoding="utf-8"))
-    data["checkpoint"]["boot_id"] = "of the boot before"
-    record.write_text(json.dumps(data), encoding="utf-8")
     local = {"hypervisor": {"ansible_connection": "local", "ansible_python_interpreter": HYPERVISOR_PYTHON}}
     variables = {"host_reboot_checkpoint_directory": str(host.state), "host_reboot_guests": ["rebooted"]}
     run = playbook("host_reboot", local, variables)
     assert run.returncode == 0, run.stdout
     assert "rebooted. It is not rebooted again." in run.stdout
-    goes_on(guest)
+    goes_on(rebooted)
     run = playbook("host_reboot", local, variables)
     assert run.returncode != 0 and "reboot" in run.stdout
-    goes_on(guest)
+    goes_on(rebooted)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 
@@ -382,8 +381,8 @@ def fixture_switched(start, host, monkeypatch):
 @pytest.mark.parametrize("old_is_there", [True, False])
 def test_a_guest_whose_switch_died_right_after_the_commit_is_not_touched_but_finished(switched, host, old_is_there):
     guest, old, new = switched
-    record = host.record(guest)
-    (host.state / "web1" / "update.json").write_text(json.dumps({**record, "phase": "switching"}))
+    with host.changed_record(guest) as record:
+        record["phase"] = "switching"
     if not old_is_there:
         os.kill(old, signal.SIGKILL)
         wait_until(lambda: guest.pids() == [new], "the old QEMU is gone")

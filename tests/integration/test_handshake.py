@@ -330,10 +330,8 @@ def test_a_guest_that_is_not_what_was_agreed_is_noticed_and_its_old_qemu_kept(st
     guest = start("web1")
     old = guest.pid()
     host.until("setup", guest)
-    path = host.state / guest.name / "update.json"
-    record = json.loads(path.read_text())
-    record["agreement"]["machine"]["processors"] = 4096
-    path.write_text(json.dumps(record))
+    with host.changed_record(guest) as record:
+        record["agreement"]["machine"]["processors"] = 4096
     (outcome,) = host.resume(guest)
     assert outcome.error.code == "guest-differs" and "4096" in outcome.error.message
     assert is_alive(old) and host.record(guest)["phase"] == "switched"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pathlib
 import signal
@@ -355,9 +354,8 @@ def test_an_exec_that_fails_leaves_the_guest_where_it_is(start, host, rebuilt_qe
 def test_an_exec_whose_task_dies_is_finished_by_the_next_run(start, host, rebuilt_qemu):
     guest = start("died", suite=NEW_SUITE)
     host.until("setup", guest, qemu_binary=rebuilt_qemu, mode="cpr-exec")
-    record = host.record(guest)
-    record["phase"] = "switching"
-    (host.state / guest.name / "update.json").write_text(json.dumps(record), encoding="utf-8")
+    with host.changed_record(guest) as record:
+        record["phase"] = "switching"
     with guest.qmp() as monitor:
         monitor.execute("migrate", uri=f"file:{host.state}/{guest.name}/{record['generation']}/state")
     (outcome,) = host.resume(guest)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 
@@ -47,9 +46,8 @@ def test_a_run_that_ended_is_followed_by_the_next(begun, host):
 
 
 def test_a_run_that_was_silent_for_long_is_taken_for_dead(begun, host):
-    path = host.state / "web1" / "update.json"
-    record = host.record(begun)
-    path.write_text(json.dumps({**record, "changed_at": record["changed_at"] - 601}))
+    with host.changed_record(begun) as record:
+        record["changed_at"] -= 601
     host.until("resume", begun, run=MINE)
 
 

@@ -13,7 +13,7 @@ import pytest
 from ansible.errors import AnsibleFilterError
 from hypothesis import strategies
 
-from ansible_collections.vmfleet.cpr.plugins.plugin_utils import fleet
+from ansible_collections.vmfleet.cpr.plugins.plugin_utils import fleet_gate, fleet_plan, fleet_settings, fleet_tables
 
 
 def guest(name, **facts):
@@ -29,7 +29,7 @@ def host(name, *guests, labels=None, **check):
 
 
 def plan_of(hosts, **options):
-    return fleet.plan(dict(hosts), **options)
+    return fleet_plan.plan(dict(hosts), **options)
 
 
 UNREACHABLE = {"unreachable": True, "msg": "Connection refused"}
@@ -73,7 +73,7 @@ def test_what_the_check_refuses_is_an_obstacle_unless_it_is_to_be_left_out(item,
     assert plan_of(hosts)["obstacles"] == [said]
     plan = plan_of(hosts, skip_blocked=True)
     assert plan["obstacles"] == [] and plan["pending"] == {"b": ["y"]}
-    assert f"refused: {said}" in fleet.summary(plan)
+    assert f"refused: {said}" in fleet_tables.summary(plan)
 
 
 @pytest.mark.parametrize(("budget", "stops"), [(0, True), (1, False), ("24%", True), ("25%", False), ("0", True)])
@@ -82,13 +82,13 @@ def test_hosts_out_of_reach_count_against_the_budget(budget, stops):
     plan = plan_of(hosts, failure_budget=budget, skip_blocked=True)
     assert bool(plan["obstacles"]) == stops
     assert list(plan["pending"]) == ["a", "b", "c"]
-    assert "gone" in " ".join(fleet.status(dict(hosts)))
+    assert "gone" in " ".join(fleet_tables.status(dict(hosts)))
 
 
 @pytest.mark.parametrize("budget", ["some", "-1", "5 %%", None])
 def test_a_budget_that_is_none_is_refused(budget):
     with pytest.raises(AnsibleFilterError, match="live_update_failure_budget"):
-        fleet.allowed(budget, 10)
+        fleet_settings.allowed(budget, 10)
 
 
 class Tagged(str):
@@ -134,8 +134,10 @@ def test_a_qemu_without_a_name_is_said_and_stops_nothing():
     hosts = [host("a", guest("x"), unnamed)]
     plan = plan_of(hosts)
     assert plan["pending"] == {"a": ["x"]} and plan["obstacles"] == []
-    assert "a: It has no -name." in fleet.summary(plan)
-    assert "process 7" in fleet.status(dict(hosts))[2] and "[guest-unnamed]" in fleet.status(dict(hosts))[2]
+    assert "a: It has no -name." in fleet_tables.summary(plan)
+    assert (
+        "process 7" in fleet_tables.status(dict(hosts))[2] and "[guest-unnamed]" in fleet_tables.status(dict(hosts))[2]
+    )
 
 
 @pytest.mark.parametrize("budget", ['{"p50": 100}', {"p50": None}, {"p95": 5}, {"p50": "much"}, [100]])
@@ -161,7 +163,7 @@ def test_a_pause_budget_that_is_none_is_refused_before_anything_changes(budget):
 )
 def test_batches_are_those_of_serial(number, batches, sizes):
     hosts = [f"h{index}" for index in range(number)]
-    found = fleet.split(hosts, batches)
+    found = fleet_settings.split(hosts, batches)
     assert [len(batch) for batch in found] == sizes
     assert sum(found, []) == hosts
 
@@ -169,7 +171,7 @@ def test_batches_are_those_of_serial(number, batches, sizes):
 @pytest.mark.parametrize("batches", [[-1], "all", ["10%", None], "1,2"])
 def test_batches_that_are_none_are_refused(batches):
     with pytest.raises(AnsibleFilterError, match="live_update_batches"):
-        fleet.split(["a"], batches)
+        fleet_settings.split(["a"], batches)
 
 
 @pytest.mark.parametrize("labels", [{"x": None}, {"x": 5}, {"x": [["a"]]}, '{"x": "db"}'])
@@ -180,7 +182,7 @@ def test_labels_that_are_none_are_refused(labels):
 
 def test_a_label_of_a_guest_that_is_not_there_is_said():
     plan = plan_of([host("a", guest("x"), labels={"y": "db"})])
-    assert "a: live_update_labels names y, which is not there" in fleet.summary(plan)
+    assert "a: live_update_labels names y, which is not there" in fleet_tables.summary(plan)
 
 
 def test_guests_with_a_label_of_a_lost_host_are_left_out():
@@ -188,10 +190,10 @@ def test_guests_with_a_label_of_a_lost_host_are_left_out():
     plan = plan_of(
         [host(name, guest("x"), guest("y"), labels=labels if name != "c" else {"x": "web"}) for name in "abc"]
     )
-    rounds = fleet.rounds(plan, ["a", "b", "c"])
+    rounds = fleet_plan.rounds(plan, ["a", "b", "c"])
     assert rounds == [{"a": ["x", "y"], "c": ["y"]}, {"b": ["x", "y"]}, {"c": ["x"]}]
-    assert fleet.without(rounds, plan, ["a"]) == [{"c": ["y"]}, {"b": []}, {"c": []}]
-    assert fleet.without(rounds, plan, []) == rounds
+    assert fleet_plan.without(rounds, plan, ["a"]) == [{"c": ["y"]}, {"b": []}, {"c": []}]
+    assert fleet_plan.without(rounds, plan, []) == rounds
 
 
 def test_a_host_is_lost_as_long_as_an_update_may_go_on_there():
@@ -201,25 +203,27 @@ def test_a_host_is_lost_as_long_as_an_update_may_go_on_there():
         outcome("c", guest("x", phase="switching")),
         outcome("d", guest("x", phase="switching", failed=True, message="monitor-busy")),
     ]
-    assert fleet.lost(outcomes) == ["a", "c", "d"]
+    assert fleet_gate.lost(outcomes) == ["a", "c", "d"]
 
 
 def test_a_guest_that_was_left_out_for_a_lost_host_did_not_fail():
     plan = plan_of([host(name, guest("x"), guest("y"), labels={"y": "db"}) for name in "ab"])
-    rounds = fleet.rounds(plan, ["a", "b"])
+    rounds = fleet_plan.rounds(plan, ["a", "b"])
     assert rounds == [{"a": ["x", "y"], "b": ["x"]}, {"b": ["y"]}]
-    rounds = rounds[:1] + fleet.without(rounds[1:], plan, ["a"])
+    rounds = rounds[:1] + fleet_plan.without(rounds[1:], plan, ["a"])
     noted = [{"found": UNREACHABLE}, {"found": {"guests": [moved("x"), guest("y", run_state="running")]}}]
-    outcomes = fleet.outcomes(noted, ["a", "b"], plan, rounds)
-    verdict = fleet.gate(outcomes, ["a", "b"], failure_budget=2)
+    outcomes = fleet_gate.outcomes(noted, ["a", "b"], plan, rounds)
+    verdict = fleet_gate.gate(outcomes, ["a", "b"], failure_budget=2)
     assert (verdict["passed"], verdict["updated"], verdict["tried"]) == (True, 1, 3)
-    assert "left out, since an update may still go on on a lost host: y" in fleet.report(plan, outcomes)[2]
+    assert "left out, since an update may still go on on a lost host: y" in fleet_tables.report(plan, outcomes)[2]
 
 
 def test_the_health_of_a_lost_host_is_its_failure_only():
     lost = outcome("a", wanted=["x"], found=UNREACHABLE, health=UNREACHABLE)
-    assert fleet.gate([lost], ["a"], failure_budget=1)["reasons"] == []
-    assert fleet.gate([lost], ["a"])["reasons"] == ["1 failed, and live_update_failure_budget allows 0 of 1 guests."]
+    assert fleet_gate.gate([lost], ["a"], failure_budget=1)["reasons"] == []
+    assert fleet_gate.gate([lost], ["a"])["reasons"] == [
+        "1 failed, and live_update_failure_budget allows 0 of 1 guests."
+    ]
 
 
 LABELS = strategies.lists(strategies.sampled_from("abc"), max_size=2)
@@ -233,7 +237,7 @@ def test_no_round_has_a_label_on_two_hosts_and_nobody_is_forgotten(labels):
         for number, of_guests in enumerate(labels)
     ]  # fmt: skip
     plan = plan_of(hosts)
-    rounds = fleet.rounds(plan, list(plan["pending"]))
+    rounds = fleet_plan.rounds(plan, list(plan["pending"]))
     done = [(name, item) for found in rounds for name, items in found.items() for item in items]
     assert sorted(done) == sorted((name, item) for name, items in plan["pending"].items() for item in items)
     for found in rounds:
@@ -257,7 +261,9 @@ def moved(name, pause=5.0, **facts):
 
 
 def test_a_batch_in_which_all_is_well_passes():
-    verdict = fleet.gate([outcome("a", moved("x"), moved("y", None))], ["a"], pause_budget={"p50": 5, "largest": 5})
+    verdict = fleet_gate.gate(
+        [outcome("a", moved("x"), moved("y", None))], ["a"], pause_budget={"p50": 5, "largest": 5}
+    )
     assert verdict["passed"] and verdict["reasons"] == [] and verdict["failures"] == []
     assert (verdict["updated"], verdict["tried"]) == (2, 2)
 
@@ -281,28 +287,28 @@ def test_a_batch_in_which_all_is_well_passes():
 )
 def test_a_guest_that_is_not_well_on_the_new_qemu_is_a_failure(found, said):
     outcomes = [outcome("a", found, wanted=["x"])]
-    verdict = fleet.gate(outcomes, ["a"])
+    verdict = fleet_gate.gate(outcomes, ["a"])
     assert not verdict["passed"]
     assert [failure["guest"] for failure in verdict["failures"]] == ["x"]
     assert said in verdict["failures"][0]["message"]
-    assert fleet.gate(outcomes, ["a"], failure_budget=1)["passed"]
-    assert fleet.gate(outcomes, ["a"], failure_budget="100%")["passed"]
-    assert not fleet.gate(outcomes, ["a"], failure_budget="99%")["passed"]
+    assert fleet_gate.gate(outcomes, ["a"], failure_budget=1)["passed"]
+    assert fleet_gate.gate(outcomes, ["a"], failure_budget="100%")["passed"]
+    assert not fleet_gate.gate(outcomes, ["a"], failure_budget="99%")["passed"]
 
 
 def test_a_guest_that_was_paused_may_be_so():
     paused = moved("x") | {"run_state": "paused"}
-    assert fleet.gate([outcome("a", paused, was={"x": "paused"})], ["a"])["passed"]
+    assert fleet_gate.gate([outcome("a", paused, was={"x": "paused"})], ["a"])["passed"]
 
 
 def test_a_host_of_which_nothing_was_noted_is_a_failure():
     plan = plan_of([host("a", guest("x")), host("b", guest("y"))])
     noted = {"found": {"guests": [moved("x")]}}
-    outcomes = fleet.outcomes([noted, {}], ["a", "b"], plan, fleet.rounds(plan, ["a", "b"]))
-    verdict = fleet.gate(outcomes, ["a", "b"])
+    outcomes = fleet_gate.outcomes([noted, {}], ["a", "b"], plan, fleet_plan.rounds(plan, ["a", "b"]))
+    verdict = fleet_gate.gate(outcomes, ["a", "b"])
     assert not verdict["passed"] and (verdict["updated"], verdict["tried"]) == (1, 2)
     assert [failure["host"] for failure in verdict["failures"]] == ["b"]
-    assert "not begun" not in " ".join(fleet.report(plan, outcomes))
+    assert "not begun" not in " ".join(fleet_tables.report(plan, outcomes))
 
 
 @pytest.mark.parametrize(
@@ -316,7 +322,7 @@ def test_a_host_of_which_nothing_was_noted_is_a_failure():
 )
 def test_what_failed_on_the_host_is_said(messages, said):
     guests = [guest("x", run_state="running"), moved("y")]
-    verdict = fleet.gate([outcome("a", *guests, messages=messages)], ["a"])
+    verdict = fleet_gate.gate([outcome("a", *guests, messages=messages)], ["a"])
     assert verdict["failures"][0]["message"] == said
 
 
@@ -325,12 +331,12 @@ def test_why_a_guest_failed_is_said_and_a_host_that_went_away_counts():
         outcome("a", guest("x", run_state="running"), messages=["x: too slow [pause-limit]"]),
         outcome("b", wanted=["y", "z"], found=UNREACHABLE),
     ]
-    verdict = fleet.gate(outcomes, ["b"])
+    verdict = fleet_gate.gate(outcomes, ["b"])
     assert [failure["message"] for failure in verdict["failures"]] == [
         "x: too slow [pause-limit]", "Connection refused", "Connection refused",
     ]  # fmt: skip
     plan = plan_of([host("a", guest("x")), host("b", guest("y"), guest("z")), host("c", guest("w"))])
-    assert [line.split()[:4] for line in fleet.report(plan, outcomes)[1:]] == [
+    assert [line.split()[:4] for line in fleet_tables.report(plan, outcomes)[1:]] == [
         ["a", "0", "1", "0"], ["b", "0", "2", "0"], ["c", "0", "0", "1"],
     ]  # fmt: skip
 
@@ -341,13 +347,13 @@ def test_only_this_batch_s_pauses_and_health_count():
         outcome("b", *(moved(f"g{number}", float(number)) for number in range(1, 101))),
     ]
     budget = {"p50": 50, "p99": 99, "largest": 100}
-    verdict = fleet.gate(outcomes, ["b"], pause_budget=budget)
+    verdict = fleet_gate.gate(outcomes, ["b"], pause_budget=budget)
     assert verdict["passed"]
     assert verdict["pauses_ms"] == {"p50": 50.0, "p99": 99.0, "largest": 100.0, "slowest": "b: g100"}
     for name in budget:
-        verdict = fleet.gate(outcomes, ["b"], pause_budget={name: budget[name] - 1})
+        verdict = fleet_gate.gate(outcomes, ["b"], pause_budget={name: budget[name] - 1})
         assert len(verdict["reasons"]) == 1 and f"The {name} of" in verdict["reasons"][0]
-    verdict = fleet.gate(outcomes, ["a"], pause_budget=budget)
+    verdict = fleet_gate.gate(outcomes, ["a"], pause_budget=budget)
     assert len(verdict["reasons"]) == 4 and "health" in verdict["reasons"][-1]
 
 
@@ -361,7 +367,7 @@ def test_only_this_batch_s_pauses_and_health_count():
     ],
 )
 def test_a_host_that_is_not_well_says_so(health, said):
-    verdict = fleet.gate([outcome("a", moved("x"), health=health)], ["a"])
+    verdict = fleet_gate.gate([outcome("a", moved("x"), health=health)], ["a"])
     assert verdict["reasons"] == [f"a: live_update_health_command failed: {said}"]
 
 
@@ -369,25 +375,25 @@ def test_a_window_ends_at_the_nearest_such_time():
     begun = datetime.datetime(2026, 11, 23, 23, 0)
 
     def ends(until):
-        return datetime.datetime.fromtimestamp(fleet.deadline(until, begun.timestamp()))
+        return datetime.datetime.fromtimestamp(fleet_settings.deadline(until, begun.timestamp()))
 
     assert ends("23:30") == datetime.datetime(2026, 11, 23, 23, 30)
     assert ends("5:30") == datetime.datetime(2026, 11, 24, 5, 30)
     assert ends("22:00") == datetime.datetime(2026, 11, 23, 22, 0)  # it begins late
     assert ends("2026-11-25T01:00") == datetime.datetime(2026, 11, 25, 1, 0)
-    assert fleet.deadline("2026-11-25T01:00+00:00", 0) == 1795568400
-    assert fleet.deadline("", time.time()) is None
+    assert fleet_settings.deadline("2026-11-25T01:00+00:00", 0) == 1795568400
+    assert fleet_settings.deadline("", time.time()) is None
 
 
 @pytest.mark.parametrize("until", ["25:00", "tomorrow", "5", 1350])
 def test_a_time_that_is_none_is_refused(until):
     with pytest.raises(AnsibleFilterError, match="live_update_until"):
-        fleet.deadline(until, 0)
+        fleet_settings.deadline(until, 0)
 
 
 def test_the_table_says_of_every_guest_what_is_the_matter():
     reasons = [{"severity": "blocker", "message": "Has a pipe.", "code": "pipe", "hint": ""}]
-    lines = fleet.status(
+    lines = fleet_tables.status(
         dict([
             host(
                 "a", guest("x"), guest("yy", up_to_date=True), guest("z", verdict="blocked", reasons=reasons, mode=None)
