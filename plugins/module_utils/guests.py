@@ -60,6 +60,15 @@ def _idle(update: Update | None) -> t.Any:
     return qemu.identity if qemu else None
 
 
+def unnamed(qemu: QemuProcess) -> CprError:
+    """Why nothing can be done with a QEMU that has no name."""
+    return CprError(
+        "guest-unnamed",
+        f"The QEMU of process {qemu.identity.pid} has no -name, and nothing can be done with it.",
+        "Give it a -name when it next starts.",
+    )
+
+
 def select(
     wanted: t.Sequence[str], found: t.Mapping[str | None, list[QemuProcess]]
 ) -> tuple[t.Sequence[str], dict[str, QemuProcess]]:

@@ -71,7 +71,7 @@ def run(
     def work(is_abandoned: t.Callable[[], bool]) -> dict[str, t.Any]:
         task = Task(module.params, module.check_mode, is_abandoned)
         try:
-            return _result(asyncio.run(_as_coroutine(function, task)), module._diff)
+            return _result(asyncio.run(_as_coroutine(function, task)), task.warnings, module._diff)
         except CprError as error:
             return {"failed": True, "msg": str(error), "error": error.as_dict()}
 
@@ -90,15 +90,15 @@ def run(
     (module.fail_json if result.pop("failed") else module.exit_json)(**result)
 
 
-def _result(outcomes: list[Outcome], show_diff: bool) -> dict[str, t.Any]:
+def _result(outcomes: list[Outcome], warnings: list[str], show_diff: bool) -> dict[str, t.Any]:
     result: dict[str, t.Any] = {
         "failed": any(outcome.error for outcome in outcomes),
         "changed": any(outcome.changed for outcome in outcomes),
         "guests": [outcome.as_dict() for outcome in outcomes],
     }
-    warnings = [f"{outcome.guest}: {warning}" for outcome in outcomes for warning in outcome.warnings]
-    if warnings:
-        result["warnings"] = warnings
+    of_guests = [f"{outcome.guest}: {warning}" for outcome in outcomes for warning in outcome.warnings]
+    if warnings or of_guests:
+        result["warnings"] = [*warnings, *of_guests]
     diffs = [outcome.diff for outcome in outcomes if outcome.diff]
     if diffs and show_diff:
         result["diff"] = diffs

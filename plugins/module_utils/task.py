@@ -77,6 +77,7 @@ class Task:
     :ivar timeout: seconds for each guest.
     :ivar run: the run of Ansible that this task belongs to, ``key`` and ``who``; None outside of one.
     :ivar ended_runs: the keys of runs that are known to have ended.
+    :ivar warnings: what Ansible shall show of the host as a whole, as sentences.
     :ivar is_abandoned: whether whoever waits for this task is gone.
     """
 
@@ -86,6 +87,7 @@ class Task:
 
     def __post_init__(self) -> None:
         self.guests: list[str] = list(dict.fromkeys(self.parameters["guests"] or []))
+        self.warnings: list[str] = []
         self.timeout: float = self.parameters["timeout"]
         self.concurrency: int = self.parameters["concurrency"]
         self.journal = Journal(self.parameters["state_directory"])

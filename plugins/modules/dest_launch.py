@@ -41,7 +41,7 @@ options:
   guests:
     description:
       - The guests to work on, by their C(-name) (its C(guest=) part). All that run on the host
-        if empty.
+        if empty; a QEMU without a name is warned of.
     type: list
     elements: str
     default: []

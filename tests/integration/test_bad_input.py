@@ -78,11 +78,14 @@ def test_a_qemu_without_a_name_is_told_of(start, host):
             key = f"process {unnamed.pid}"
             wait_until(lambda: key in {item.guest for item in host.preflight()}, "it is seen")
             found = {item.guest: item.as_dict() for item in host.preflight()}
+            run = live_update(qemu(NEW_SUITE), host.state, [], "--check")
         finally:
             unnamed.kill()
     assert found["named"]["verdict"] == "ready"
     assert found[key]["unnamed"] and found[key]["reasons"][0]["code"] == "guest-unnamed"
     assert key not in {item.guest for item in host.preflight(named)}
+    assert run.returncode == 0, run.stdout
+    assert f"The QEMU of {key} has no -name" in " ".join(f"{run.stdout} {run.stderr}".split())
 
 
 def test_a_name_that_is_not_there_or_there_twice(start, refused, host):

@@ -64,11 +64,7 @@ async def assess_all(task: Task) -> list[Outcome]:
 
 def _unnamed(qemu: process.QemuProcess) -> Outcome:
     pid = qemu.identity.pid
-    reason = CprError(
-        "guest-unnamed",
-        f"The QEMU of process {pid} has no -name, and nothing can be done with it.",
-        "Give it a -name when it next starts.",
-    )
+    reason = guests.unnamed(qemu)
     judged = {"up_to_date": False, "mode": None, **_verdict([reason], [])}
     return Outcome(f"process {pid}", False, str(reason), extra={"pid": pid, "unnamed": True, **judged})
 

@@ -117,6 +117,8 @@ async def _launch_all(task: Task, probe: qemu_binary.Probe) -> list[Outcome]:
     under_way = task.journal.guests_under_way()
     names = task.guests or sorted({*guests.select([], everyone)[0], *under_way})
     found: dict[str, process.QemuProcess] = {}
+    if not task.guests:
+        task.warnings += [str(guests.unnamed(qemu)) for qemu in everyone.get(None, ())]
     misspelt = [name for name in names if name not in everyone and name not in under_way]
     if misspelt and not go_on:
         guests.select(misspelt, everyone)
