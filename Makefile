@@ -65,6 +65,7 @@ molecule: env guests machine $(if $(filter nested_kvm,$(SCENARIO)),virtual-machi
 
 benchmark: env qemu guests
 	$(PYTHON) -m tests.benchmarks.live_update
+	$(PYTHON) -m tests.benchmarks.live_update --guests 1 --runs 5 --written 1024
 	$(PYTHON) -m tests.benchmarks.modes
 	$(PYTHON) -m tests.benchmarks.network
 	$(PYTHON) -m tests.benchmarks.handshake

@@ -120,9 +120,7 @@ def _open_anew(pid: int, number: int) -> int:
 
     :raises CprError: ``descriptor-not-duplicated``.
     """
-    for line in process.read_file(pid, f"fdinfo/{number}").splitlines():
-        if line.startswith("flags:"):
-            flags = int(line.split()[1], 8) & (os.O_ACCMODE | os.O_DIRECT | os.O_NONBLOCK | os.O_APPEND)
+    flags = process.flags_of(pid, number) & (os.O_ACCMODE | os.O_DIRECT | os.O_NONBLOCK | os.O_APPEND)
     try:
         return os.open(f"{process.PROC}/{pid}/fd/{number}", flags | os.O_CLOEXEC)
     except OSError as error:

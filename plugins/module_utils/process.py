@@ -214,6 +214,15 @@ def boot_id() -> str:
         return stream.read().strip()
 
 
+def flags_of(pid: int, number: int) -> int:
+    """How a process has opened a descriptor: the flags of open(2).
+
+    :raises OSError: it is gone, or it belongs to another user.
+    """
+    lines = read_file(pid, f"fdinfo/{number}").splitlines()
+    return next(int(line.split()[1], 8) for line in lines if line.startswith("flags:"))
+
+
 def kept_by_exec(pid: int) -> dict[int, str]:
     """What of a process's descriptors stays open when it becomes another program, but for the first three.
 
@@ -222,9 +231,7 @@ def kept_by_exec(pid: int) -> dict[int, str]:
     found = {}
     for number, target in descriptors(pid).items():
         with contextlib.suppress(FileNotFoundError):
-            lines = read_file(pid, f"fdinfo/{number}").splitlines()
-            flags = next((int(line.split()[1], 8) for line in lines if line.startswith("flags:")), 0)
-            if number > 2 and not flags & os.O_CLOEXEC:
+            if number > 2 and not flags_of(pid, number) & os.O_CLOEXEC:
                 found[number] = target
     return found
 

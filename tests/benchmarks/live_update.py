@@ -3,11 +3,12 @@
 # SPDX-License-Identifier: GPL-3.0-or-later
 """How long a guest pauses and how long an update takes, beside the bare QMP sequence.
 
-    .venv/bin/python -m tests.benchmarks.live_update [--guests 1 4 16] [--runs 10] [--concurrency 4]
+    .venv/bin/python -m tests.benchmarks.live_update [--guests 1 4 16] [--runs 10] [--concurrency 4] [--written 0]
 
 Every run starts fresh guests for both and takes them from QEMU 10.0 to 11.1: first by
 ``ansible-playbook vmfleet.cpr.live_update``, then by the bare sequence at the same
-concurrency. Prints medians and ratios.
+concurrency. With ``--written 1024`` each guest has a disk of which 1024 MiB were written right before and are in the
+host's page cache only. Prints medians and ratios.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import pathlib
 import shutil
 import statistics
@@ -25,18 +27,31 @@ from tests.benchmarks import bare_sequence
 from tests.guests.ansible import live_update
 from tests.guests.guest import NEW_SUITE, OLD_SUITE, Guest, boot_sector_guest, qemu
 
+_SECOND_DISK = ("-drive", "if=none,id=second,file={dir}/second.img,format=raw", "-device", "ide-hd,drive=second")
 
-def start(count: int, directory: pathlib.Path, prefix: str) -> list[Guest]:
-    """Start so many guests on the old QEMU and wait until all of them count."""
-    guests: list[Guest] = [
+
+def start(count: int, directory: pathlib.Path, prefix: str, written: int) -> list[Guest]:
+    """Start so many guests on the old QEMU and wait until all of them count.
+
+    :param written: MiB of each guest's second disk that shall be in the page cache only.
+    """
+    guests: list[Guest] = []
+    for i in range(count):
+        place = directory / f"{prefix}{i}"
+        more = _SECOND_DISK if written else ()
         # The bare sequence pins nothing, so the type is versioned from the start.
-        boot_sector_guest(f"{prefix}{i}", directory / f"{prefix}{i}", machine="pc-q35-10.0")
-        for i in range(count)
-    ]
+        guests.append(boot_sector_guest(f"{prefix}{i}", place, machine="pc-q35-10.0", more=more))
+        if written:
+            (place / "second.img").touch()
+            os.truncate(place / "second.img", written << 20)
     for guest in guests:
         guest.start(qemu(OLD_SUITE))
     for guest in guests:
         guest.wait_for_ticks(20)
+    for guest in guests if written else []:
+        with open(guest.directory / "second.img", "r+b") as disk:
+            for dummy in range(written):
+                disk.write(os.urandom(1 << 20))
     return guests
 
 
@@ -68,18 +83,18 @@ def by_bare_sequence(guests: list[Guest], concurrency: int) -> tuple[float, list
     return time.monotonic() - started, pauses
 
 
-def measure(count: int, runs: int, concurrency: int) -> dict[str, float]:
+def measure(count: int, runs: int, concurrency: int, written: int) -> dict[str, float]:
     """Medians over all runs."""
     figures: dict[str, list[float]] = {"playbook": [], "bare": [], "pause": [], "bare_pause": []}
     for dummy in range(runs):
         with tempfile.TemporaryDirectory() as name:
             directory = pathlib.Path(name)
-            guests = start(count, directory, "bench")
+            guests = start(count, directory, "bench", written)
             seconds, pauses = by_playbook(guests, concurrency)
             finish(guests)
             figures["playbook"].append(seconds)
             figures["pause"].append(statistics.median(pauses))
-            guests = start(count, directory, "bare")
+            guests = start(count, directory, "bare", written)
             seconds, pauses = by_bare_sequence(guests, concurrency)
             finish(guests)
             figures["bare"].append(seconds)
@@ -93,13 +108,14 @@ def main() -> None:
     parser.add_argument("--guests", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--concurrency", type=int, default=4)
+    parser.add_argument("--written", type=int, default=0)
     arguments = parser.parse_args()
     print(f"{arguments.runs} runs, {arguments.concurrency} guests at a time, switched one at a time; medians\n")
     print("| guests | pause, ms | bare, ms | ratio | playbook, s | bare, s | a further guest, s | bare, s | ratio |")
     print("|---|---|---|---|---|---|---|---|---|")
     first: dict[str, float] | None = None
     for count in arguments.guests:
-        figures = measure(count, arguments.runs, arguments.concurrency)
+        figures = measure(count, arguments.runs, arguments.concurrency, arguments.written)
         row = [f"{count}", f"{figures['pause']:.1f}", f"{figures['bare_pause']:.1f}"]
         row += [
             f"{figures['pause'] / figures['bare_pause']:.2f}",

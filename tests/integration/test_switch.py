@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import mmap
 import os
 import signal
 import threading
@@ -212,3 +214,36 @@ def test_the_pause_ends_at_its_limit(ready, host, limit):
     (outcome,) = host.resume(guest, pause_limit=limit)
     assert outcome.error.code == "pause-limit" and f"within {limit:g} s" in outcome.error.message
     assert guest.pid() == old and guest.status() == "running"
+
+
+def _is_cached(path):
+    """Whether the start of a file is in the host's page cache: mincore(2)."""
+    with open(path, "r+b") as stream, mmap.mmap(stream.fileno(), mmap.PAGESIZE) as view:
+        found = ctypes.c_ubyte()
+        start = ctypes.c_char.from_buffer(view)
+        assert ctypes.CDLL(None).mincore(ctypes.byref(start), ctypes.c_size_t(mmap.PAGESIZE), ctypes.byref(found)) == 0
+        del start
+        return bool(found.value & 1)
+
+
+@pytest.mark.parametrize("option", ["", ",drop-cache=off"])
+def test_the_images_are_out_of_the_page_cache_before_the_guest_stops(start, host, monkeypatch, tmp_path, option):
+    """What is dirty can't be dropped, so what is not there any more was written too."""
+    seen = {}
+    real = switch.switch
+
+    async def look(*arguments):
+        seen.update({name: _is_cached(tmp_path / name) for name in ("disk.img", "ram")})
+        await real(*arguments)
+
+    monkeypatch.setattr(switch, "switch", look)
+    (tmp_path / "disk.img").write_bytes(bytes(1 << 20))
+    memory = ("-object", f"memory-backend-file,id=ram0,size=64M,mem-path={tmp_path}/ram,share=on")
+    disk = ("-blockdev", f"driver=file,filename={tmp_path}/disk.img,node-name=more{option}")
+    guest = start("web1", memory=memory, more=[*disk, "-device", "virtio-blk-pci,drive=more"])
+    with open(tmp_path / "disk.img", "r+b") as stream:
+        stream.write(os.urandom(1 << 20))
+    host.until("resume", guest)
+    assert seen == {"disk.img": bool(option), "ram": True}
+    guest.wait_for_ticks()
+    guest.check_continuity()

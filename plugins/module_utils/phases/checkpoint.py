@@ -25,6 +25,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils import (
     machine_view,
     network,
     new_command_line,
+    page_cache,
     permissions,
     process,
     readiness,
@@ -231,6 +232,7 @@ async def checkpoint(update: journal.Update, *, timeout: float, write_timeout: f
                 await setup.set_parameters("old", monitor, update)
                 if update.unit:
                     await systemd.hold_back(update.unit, old.executable, update.checkpoint["arguments"])
+                await page_cache.release(old.pid, timeout)
                 await _write(update, monitor, watch, write_timeout)
                 await _keep(update)
                 update.took("checkpoint", started)

@@ -12,7 +12,7 @@ import contextlib
 import time
 import typing as t
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
+from ansible_collections.vmfleet.cpr.plugins.module_utils import journal, page_cache
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.modes import CPR_EXEC, PRECOPY
 from ansible_collections.vmfleet.cpr.plugins.module_utils.monitor import Monitor
@@ -63,7 +63,7 @@ async def resume(
 
     A switch whose process died is brought to its end instead.
 
-    :param timeout: seconds for each connection, and until the old QEMU stops the guest.
+    :param timeout: seconds for each connection, for writing its images out, and until the old QEMU stops the guest.
     :param quiet: shared by all guests of a task; bounds how many are switched at a time.
     :param pause_limit: seconds that the guest may stand still before the switch is undone.
     :param copy_timeout: seconds that the copy of a guest's RAM may take, while it runs.
@@ -97,6 +97,9 @@ async def resume(
             if in_place:
                 await preflight.check_rehearsed(update, ends.old)
         async with quiet.switch():
+            started = time.monotonic()
+            await page_cache.release(ends.old_watch.identity.pid, timeout)
+            update.took("page_cache", started)
             if is_abandoned():
                 raise CprError(
                     "run-abandoned",

@@ -250,7 +250,7 @@ class _Takeover:
                 " (live_update_parameters: downtime-limit, in milliseconds), give it more time"
                 " (live_update_copy_timeout), or try when the guest is calmer.",
             )
-        hint = "The host may be overloaded: try again when it is calmer."
+        hint = "The host or its disks may be overloaded: try again when they are calmer."
         if update.mode == CPR_REBOOT:
             hint = "Its RAM is written to a file while it stands still: allow it more (live_update_pause_limit)."
         return CprError(
