@@ -43,7 +43,7 @@ class Block:
     :ivar page_size: of the host's pages behind it, bytes.
     :ivar nodes: the host's NUMA nodes that it is bound to; none where it may lie anywhere.
     :ivar shared: whether it can be shared with another process.
-    :ivar path: of the file that it is, or None; an empty backend in RAM has none.
+    :ivar path: of the file that it is, and that another QEMU would find there; None without one.
     :ivar discarded: whether QEMU empties that file when it ends.
     """
 

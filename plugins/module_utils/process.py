@@ -208,6 +208,14 @@ def descriptors(pid: int) -> dict[int, str]:
     return found
 
 
+def open_files(pid: int) -> set[tuple[int, int] | None]:
+    """Device and inode of all that a process has open, also of what has another name or none by now.
+
+    :raises OSError: as `descriptors`.
+    """
+    return {file_id(f"{PROC}/{pid}/fd/{number}") for number in descriptors(pid)}
+
+
 def boot_id() -> str:
     """What is another one after each boot of the host: a pid with its start time means nothing beyond."""
     with open(f"{PROC}/sys/kernel/random/boot_id", encoding="ascii") as stream:

@@ -12,7 +12,7 @@ import collections
 import os
 import typing as t
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import process
+from ansible_collections.vmfleet.cpr.plugins.module_utils import process, surroundings
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.memory import ORDINARY_PAGE, Block
 
@@ -79,15 +79,21 @@ def demand(pid: int, running: t.Iterable[Block], own: t.Iterable[Block] = ()) ->
     private = sum(block.size for block in running if not block.shared and block.page_size == ORDINARY_PAGE)
     anonymous = _field(process.read_file(pid, "status"), "RssAnon")
     everywhere = max(0, anonymous - private) + _MEMORY_MARGIN
+    elsewhere = 0
     for block in own:
         if block.page_size == ORDINARY_PAGE:
             everywhere += block.size
         else:
             needed[Pool(page_size=block.page_size)] += block.size
         if block.nodes:
+            elsewhere += block.size if block.page_size == ORDINARY_PAGE else 0
             needed[Pool(nodes=block.nodes, page_size=block.page_size)] += block.size
     for pool in (Pool(), *_cgroups(pid)):
         needed[pool] += everywhere
+    # The second one is bound like the first.
+    for nodes, size in ((_cpuset_nodes(pid), everywhere), (surroundings.bound_nodes(pid), everywhere - elsewhere)):
+        if nodes:
+            needed[Pool(nodes=nodes)] += size
     return dict(needed)
 
 
@@ -184,6 +190,16 @@ def _cgroups(pid: int) -> t.Iterator[Pool]:
         while number == "0" and path.strip("/"):
             yield Pool(cgroup=path)
             path = os.path.dirname(path)
+
+
+def _cpuset_nodes(pid: int) -> tuple[int, ...]:
+    """The NUMA nodes that a process may have memory from, or none if it may from all."""
+    lines = [line.split() for line in process.read_file(pid, "status").splitlines()]
+    allowed = next((words[1] for words in lines if words[:1] == ["Mems_allowed_list:"]), "")
+    ranges = [part.partition("-") for part in allowed.split(",") if part]
+    nodes = tuple(node for first, dummy, last in ranges for node in range(int(first), int(last or first) + 1))
+    there = [name for name in os.listdir(_NODES) if name[4:].isdigit()] if os.path.isdir(_NODES) else []
+    return nodes if len(nodes) < len(there) else ()
 
 
 def _left_in_cgroup(path: str) -> int | None:

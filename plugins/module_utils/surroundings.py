@@ -218,6 +218,15 @@ def _memory_policy(pid: int) -> str:
     return line.partition(" heap")[0].partition(" ")[2]
 
 
+def bound_nodes(pid: int) -> tuple[int, ...]:
+    """The NUMA nodes that a process's memory must come from by its policy (numactl --membind); none where it need not."""
+    text = _memory_policy(pid)
+    if not text.startswith("bind"):
+        return ()
+    mask = parse_memory_policy(text)[1]
+    return tuple(node for node in range(mask.bit_length()) if mask >> node & 1)
+
+
 def parse_memory_policy(text: str) -> tuple[int, int]:
     """Mode and mask of nodes for set_mempolicy(2), from the kernel's words (mm/mempolicy.c, mpol_to_str).
 

@@ -171,7 +171,8 @@ async def let_go(name: str) -> None:
     try:
         os.unlink(held(name))
     except FileNotFoundError:
-        return
+        if (await _show(name))["NeedDaemonReload"] != "yes":  # else it was removed and systemd never heard of it
+            return
     with contextlib.suppress(OSError):
         os.rmdir(os.path.dirname(held(name)))
     await commands.run("systemctl", "daemon-reload", timeout=60)
@@ -187,6 +188,15 @@ async def restart(name: str, timeout: float) -> int:
         await commands.run("systemctl", "reset-failed", "--", name)
     await commands.run("systemctl", "restart", "--", name, timeout=timeout)
     return int((await _show(name))["MainPID"])
+
+
+async def is_stopping() -> bool:
+    """Whether the host is on its way down: only a systemd says so."""
+    if not os.path.isdir("/run/systemd/system"):
+        return False
+    with contextlib.suppress(CprError):  # it need not be what runs here
+        return "SystemState=stopping" in await commands.run("systemctl", "show", "--property=SystemState")
+    return False
 
 
 def held(name: str) -> str:

@@ -59,6 +59,8 @@ class Outcome:
             "phase": update.phase if update else None,
             "old": qemu(update.old) if update else None,
             "new": qemu(update.new) if update else None,
+            "mode": update.mode if update else None,
+            "mode_reason": update.mode_reason if update else None,
             "pause_ms": update.pause_ms if update else None,
             "durations_ms": dict(update.durations_ms) if update else {},
             **self.extra,

@@ -19,6 +19,8 @@ description:
   - A guest whose state can't be written runs on.
   - A guest that is a systemd service gets a drop-in, so that whoever starts the service meanwhile, at boot
     say, gets a QEMU that waits for the guest's state.
+  - The QEMU that the guests will go on in is what O(qemu_binary) names, or what lies at the path of their own by now. Where that
+    is another one than runs them, after an upgrade of its package say, it is tried beforehand with each guest's machine.
   - Needs QEMU 8.2 or later (cpr-reboot).
   - What an earlier run that died left behind is undone first.
 extends_documentation_fragment:
@@ -44,6 +46,16 @@ options:
       - Where the checkpoints are kept. It must outlive the reboot.
     type: path
     default: /var/lib/vmfleet-cpr
+  qemu_binary:
+    description:
+      - The absolute path of another QEMU on the host that the guests will be restored with.
+    type: path
+  accept_differences:
+    description:
+      - Error codes of that trial, like V(devices-differ), whose differences shall not count.
+    type: list
+    elements: str
+    default: []
   write_timeout:
     description:
       - Seconds that the state of one guest may take to be written. Past them the guest goes on as before.
@@ -132,6 +144,8 @@ def main() -> None:
         argument_spec=guests_argument_spec(
             guests={"type": "list", "elements": "str", "default": []},
             state_directory={"type": "path", "default": CHECKPOINT_DIRECTORY},
+            qemu_binary={"type": "path"},
+            accept_differences={"type": "list", "elements": "str", "default": []},
             write_timeout={"type": "float", "default": 600.0},
             heartbeat_command={"type": "str"},
             heartbeat_timeout={"type": "float", "default": 60.0},

@@ -27,7 +27,8 @@ attributes:
 options:
   guests:
     description:
-      - The guests to look at, by their C(-name). All that run here if empty.
+      - The guests to look at, by their C(-name). All that run here if empty; QEMUs without a name are then named too, as
+        V(process 1234).
     type: list
     elements: str
     default: []
@@ -95,6 +96,13 @@ guests:
     new:
       description: The new QEMU of that update, with the same keys.
       type: dict
+    mode:
+      description: The mode of that update, null without one.
+      type: str
+      sample: cpr-transfer
+    mode_reason:
+      description: Why it is that one, in a sentence.
+      type: str
     pause_ms:
       description: >-
         Milliseconds from the STOP event of the old QEMU to the RESUME event of the new one, by
@@ -106,6 +114,9 @@ guests:
       description: Milliseconds that each phase took.
       type: dict
       sample: {launch: 61.2, transfer: 88.0, setup: 14.9, switch: 19.3, retire: 41.7}
+    unnamed:
+      description: Whether it is a QEMU without a C(-name), with which nothing can be done.
+      type: bool
     pid:
       description: The process that runs the guest.
       type: int

@@ -38,8 +38,16 @@ options:
   qemu_binary:
     description:
       - The absolute path of another QEMU on the host to restore the guests with, newer or older. The one that
-        wrote each checkpoint if empty.
+        M(vmfleet.cpr.guest_checkpoint) was told, and tried, if empty.
     type: path
+  accept_differences:
+    description:
+      - V(disks-changed) restores guests also where somebody has written to their disks since. A guest that was started from
+        them meanwhile would damage them.
+    type: list
+    elements: str
+    choices: [disks-changed]
+    default: []
   state_directory:
     description:
       - Where the checkpoints are kept.
@@ -131,6 +139,7 @@ def main() -> None:
         argument_spec=guests_argument_spec(
             guests={"type": "list", "elements": "str", "default": []},
             qemu_binary={"type": "path"},
+            accept_differences={"type": "list", "elements": "str", "choices": ["disks-changed"], "default": []},
             state_directory={"type": "path", "default": CHECKPOINT_DIRECTORY},
             restore_timeout={"type": "float", "default": 600.0},
         ),

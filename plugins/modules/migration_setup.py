@@ -102,6 +102,13 @@ guests:
     new:
       description: The new QEMU of that update, with the same keys.
       type: dict
+    mode:
+      description: The mode of that update, null without one.
+      type: str
+      sample: cpr-transfer
+    mode_reason:
+      description: Why it is that one, in a sentence.
+      type: str
     pause_ms:
       description: >-
         Milliseconds from the STOP event of the old QEMU to the RESUME event of the new one, by

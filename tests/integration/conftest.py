@@ -41,6 +41,7 @@ def fixture_start(tmp_path: pathlib.Path) -> t.Iterator[t.Callable[..., Guest]]:
         name: str,
         *,
         suite: str = OLD_SUITE,
+        binary: str | None = None,
         linux: bool = False,
         owner: int = 0,
         surroundings: t.Any = None,
@@ -52,7 +53,7 @@ def fixture_start(tmp_path: pathlib.Path) -> t.Iterator[t.Callable[..., Guest]]:
         guests.append(guest)
         for path in (guest.directory, guest.directory / "disk.img"):
             os.chown(path, owner, owner)
-        guest.start(qemu(suite), prefix, **(surroundings or {}))
+        guest.start(binary or qemu(suite), prefix, **(surroundings or {}))
         guest.wait_for_ticks(3)
         return guest
 
@@ -112,7 +113,7 @@ class Host:
 
     def checkpoint(self, *guests: Guest | str, **parameters: t.Any) -> list[Outcome]:
         """guest_checkpoint."""
-        parameters = {"heartbeat_command": None, "write_timeout": 60.0, **parameters}
+        parameters = {"qemu_binary": None, "heartbeat_command": None, "write_timeout": 60.0, **parameters}
         return asyncio.run(checkpoint.checkpoint_all(self.task(guests, **parameters)))
 
     def restore(self, *guests: Guest | str, **parameters: t.Any) -> list[Outcome]:

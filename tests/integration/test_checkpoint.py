@@ -5,15 +5,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import os
 import pathlib
+import shutil
 import signal
 import time
 
 import pytest
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import journal
+from ansible_collections.vmfleet.cpr.plugins.module_utils import journal, systemd
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import checkpoint
 from tests.guests.ansible import HYPERVISOR_PYTHON, playbook
 from tests.guests.guest import NEW_SUITE, OLD_SUITE, Guest, is_alive, qemu, wait_until
 
@@ -54,12 +57,17 @@ def test_a_linux_guest_with_plain_memory(start, host):
     goes_on(guest)
 
 
+def started_at(guest):
+    """When its process was started, in clock ticks."""
+    stat = pathlib.Path(f"/proc/{guest.pid()}/stat").read_text(encoding="utf-8")
+    return int(stat.rpartition(")")[2].split()[19])
+
+
 def test_all_guests_are_restored_in_the_order_in_which_they_were_started(start, host):
     guests = [start(name) for name in ("zebra", "ant")]
-    time.sleep(0.1)
     assert [item.error for item in host.checkpoint(*guests)] == [None, None]
-    outcomes = host.restore()
-    assert [item.guest for item in outcomes] == ["zebra", "ant"]
+    assert [item.error for item in host.restore(concurrency=1)] == [None, None]
+    assert started_at(guests[0]) < started_at(guests[1])
     for guest in guests:
         goes_on(guest)
 
@@ -76,12 +84,25 @@ def test_a_paused_guest_stays_paused(start, host):
     goes_on(guest)
 
 
+def in_a_file(path):
+    """For a Linux guest, which uses all of it: a boot sector would not notice what is missing."""
+    backend = f"memory-backend-file,id=ram0,size=256M,mem-path={path},share=on"
+    return ["-object", backend, "-machine", "memory-backend=ram0"]
+
+
 def test_ram_in_a_file_on_a_disk_stays_there(start, host, tmp_path):
-    backend = ("-object", f"memory-backend-file,id=ram0,size=64M,mem-path={tmp_path}/ram,share=on")
-    guest = start("file", memory=backend)
+    guest = start("file", linux=True, shared=False, more=in_a_file(tmp_path / "ram"))
     outcome = done(host.checkpoint(guest))
     assert outcome.update.checkpoint["memory_files"] == [f"{tmp_path}/ram"]
     assert outcome.update.checkpoint["size"] < 2 << 20
+    done(host.restore(guest))
+    goes_on(guest)
+
+
+def test_ram_in_a_file_that_nobody_could_open_again_is_written(start, host, tmp_path):
+    guest = start("nameless", linux=True, shared=False, more=in_a_file(tmp_path))  # QEMU makes one without a name there
+    outcome = done(host.checkpoint(guest))
+    assert outcome.update.checkpoint["memory_files"] == [] and outcome.update.checkpoint["size"] > 16 << 20
     done(host.restore(guest))
     goes_on(guest)
 
@@ -176,6 +197,145 @@ def test_without_a_checkpoint_there_is_nothing_to_restore(start, host):
     assert error.value.code == "checkpoint-missing"
 
 
+@pytest.fixture(name="occupied")
+def fixture_occupied(start):
+    """Another guest takes a disk as soon as nobody has it locked, and gives it back."""
+
+    def occupy(guest):
+        disk = f"file={guest.directory}/disk.img,format=raw,if=none,id=theirs"
+        return start("occupant", more=["-drive", disk, "-device", "ide-hd,drive=theirs,bus=ide.1"])
+
+    return occupy
+
+
+def test_a_guest_that_is_not_let_go_on_keeps_its_checkpoint(start, host, occupied):
+    guest = start("waiting")
+    done(host.checkpoint(guest))
+    occupant = occupied(guest)
+    (outcome,) = host.restore(guest)
+    assert outcome.error.code == "qmp-error" and "lock" in outcome.error.message
+    assert host.record(guest)["phase"] == "checkpointed" and guest.pids() == []
+    occupant.kill()
+    done(host.restore(guest))
+    goes_on(guest)
+
+
+def test_disks_that_were_written_to_meanwhile_are_not_put_under_an_old_state(start, host):
+    """Its owner started it from its disk, and shut it down again."""
+    guest = start("moved")
+    done(host.checkpoint(guest))
+    os.utime(guest.directory / "disk.img", (time.time() + 60,) * 2)
+    (outcome,) = host.restore(guest)
+    assert outcome.error.code == "disks-changed" and str(guest.directory / "disk.img") in outcome.error.message
+    assert guest.pids() == [] and host.record(guest)["phase"] == "checkpointed"
+    done(host.restore(guest, accept_differences=["disks-changed"]))
+    goes_on(guest)
+
+
+def test_ram_in_its_file_that_was_written_to_is_damaged(start, host, tmp_path):
+    guest = start("scribbled", linux=True, shared=False, more=in_a_file(tmp_path / "ram"))
+    done(host.checkpoint(guest))
+    os.utime(tmp_path / "ram", (time.time() + 60,) * 2)
+    (outcome,) = host.restore(guest)
+    assert outcome.error.code == "checkpoint-damaged" and guest.pids() == []
+
+
+def test_a_record_that_can_not_be_read_keeps_no_other_guest_down(start, host):
+    guest = start("well")
+    done(host.checkpoint(guest))
+    (host.state / "torn").mkdir()
+    (host.state / "torn" / "update.json").write_text("{", encoding="utf-8")
+    by_name = {outcome.guest: outcome for outcome in host.restore()}
+    assert by_name["torn"].error.code == "record-unreadable" and by_name["well"].error is None
+    goes_on(guest)
+
+
+def test_nobody_is_restored_on_a_host_that_goes_down(start, host, monkeypatch):
+    async def stopping():
+        return True
+
+    guest = start("late")
+    done(host.checkpoint(guest))
+    with monkeypatch.context() as patch:
+        patch.setattr(systemd, "is_stopping", stopping)
+        with pytest.raises(Exception) as error:
+            host.restore()
+        assert error.value.code == "host-stopping"
+    done(host.restore(guest))
+    goes_on(guest)
+
+
+def test_another_task_s_checkpoint_is_not_written_over(start, host, monkeypatch):
+    """It was checked long before its turn came, and another task was faster."""
+    guests = [start("first"), start("second")]
+    real = checkpoint.checkpoint
+
+    async def meanwhile(update, **options):
+        monkeypatch.setattr(checkpoint, "checkpoint", real)
+        done(await asyncio.to_thread(host.checkpoint, "second"))
+        await real(update, **options)
+
+    monkeypatch.setattr(checkpoint, "checkpoint", meanwhile)
+    outcomes = host.checkpoint("first", "second", concurrency=1)
+    assert [outcome.error and outcome.error.code for outcome in outcomes] == [None, "update-under-way"]
+    assert [outcome.error for outcome in host.restore()] == [None, None]
+    for guest in guests:
+        goes_on(guest)
+
+
+def test_what_was_plugged_in_while_others_were_written_goes_along(start, host, monkeypatch):
+    guest = start("plugged", more=["-device", "qemu-xhci,id=usb"])
+    start("before")
+    real = checkpoint.checkpoint
+
+    async def meanwhile(update, **options):
+        if update.guest == "before":
+            with guest.qmp() as monitor:
+                monitor.execute("device_add", driver="usb-mouse", id="mouse", bus="usb.0")
+        await real(update, **options)
+
+    monkeypatch.setattr(checkpoint, "checkpoint", meanwhile)
+    assert [outcome.error for outcome in host.checkpoint("before", "plugged", concurrency=1)] == [None, None]
+    assert [outcome.error for outcome in host.restore()] == [None, None]
+    goes_on(guest)
+
+
+@pytest.mark.parametrize(
+    ("suite", "binary", "code"),
+    [
+        (OLD_SUITE, qemu("bookworm"), "machine-type-missing"),
+        ("trixie", qemu(NEW_SUITE), "queues-differ"),
+        (OLD_SUITE, "/bin/true", "binary-not-qemu"),
+    ],
+    ids=["oldest", "other-queues", "no-qemu"],
+)
+def test_the_qemu_that_is_to_have_a_guest_is_tried_before_it_stops(start, host, suite, binary, code):
+    guest = start("tried", suite=suite, machine="pc-q35-10.0", more=["-device", "virtio-rng-pci"])
+    (outcome,) = host.checkpoint(guest, qemu_binary=binary)
+    assert outcome.error.code == code
+    goes_on(guest)
+
+
+def test_a_qemu_whose_file_was_replaced_under_it_is_known_by_what_lies_there_now(start, host, tmp_path):
+    """As after an upgrade of its package: the guest would go on in that."""
+    directory = pathlib.Path(qemu(OLD_SUITE)).parent
+    copy = directory / f"qemu-system-x86_64-{tmp_path.name}-rebuilt"
+    shutil.copy2(qemu(OLD_SUITE), copy)
+    try:
+        guest = start("upgraded", binary=str(copy), machine="pc-q35-10.0")
+        copy.unlink()
+        (outcome,) = host.checkpoint(guest)
+        assert outcome.error.code == "binary-missing"
+        goes_on(guest)
+        copy.symlink_to(qemu(NEW_SUITE))
+        assert done(host.checkpoint(guest)).update.checkpoint["version"].startswith("11.1.")
+        assert done(host.restore(guest)).update.new.version.startswith("11.1.")
+        goes_on(guest)
+        assert guest.version().startswith("11.1.")
+    finally:
+        copy.unlink(missing_ok=True)
+
+
 # A run that dies at each step of a checkpoint, and of its restoration.
 
 
@@ -235,6 +395,38 @@ def test_a_checkpoint_whose_run_dies_is_completed_by_the_same_again(start, host,
     goes_on(guest)
 
 
+def test_a_qemu_is_not_ended_for_a_checkpoint_without_a_file(start, host, monkeypatch):
+    """A run died while it undid the checkpoint: that QEMU is all that there is of the guest."""
+    guest = start("died")
+    dies_at(host, monkeypatch, "checkpointed", lambda: host.checkpoint(guest))
+    pathlib.Path(host.state / "died" / "0" / "state").unlink()
+    assert done(host.checkpoint(guest)).update.checkpoint["size"] > 0
+    done(host.restore(guest))
+    goes_on(guest)
+
+
+def test_a_checkpoint_that_can_not_be_undone_stays_complete(start, host, monkeypatch, occupied):
+    guest = start("died")
+    dies_at(host, monkeypatch, "checkpointed", lambda: host.checkpoint(guest))
+    occupant = occupied(guest)
+    (outcome,) = host.restore(guest)
+    assert outcome.error.code == "qmp-error" and host.record(guest)["phase"] == "checkpointed"
+    occupant.kill()
+    guest.kill()  # all that there is of it is in its file now
+    done(host.restore(guest))
+    goes_on(guest)
+
+
+def test_what_was_finished_is_not_said_to_be_untouched(start, host, monkeypatch):
+    died, blocked = start("died"), start("blocked", more=["-snapshot"])
+    dies_at(host, monkeypatch, "checkpointed", lambda: host.checkpoint(died))
+    by_name = {outcome.guest: outcome for outcome in host.checkpoint(died, blocked)}
+    assert by_name["blocked"].error.code == "unsupported-option"
+    assert by_name["died"].changed and by_name["died"].message == checkpoint.WAITS
+    done(host.restore(died))
+    goes_on(died)
+
+
 def test_a_guest_that_somebody_let_go_on_is_written_anew(start, host, monkeypatch):
     guest = start("continued")
     dies_at(host, monkeypatch, "checkpointed", lambda: host.checkpoint(guest))
@@ -252,6 +444,8 @@ def test_a_restoration_whose_run_dies_is_finished_by_the_next(start, host, monke
     guest = start("died")
     done(host.checkpoint(guest))
     dies_at(host, monkeypatch, phase, lambda: host.restore(guest))
+    # It goes only once the guest is seen to run.
+    assert (host.state / "died" / "0" / "state").exists() == (phase != "restored")
     if phase != "restored":
         done(host.restore(guest))
     goes_on(guest)

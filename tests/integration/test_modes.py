@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 import signal
 
 import pytest
@@ -15,6 +16,7 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import prefligh
 from tests.guests import healthy
 from tests.guests.ansible import live_update
 from tests.guests.guest import NEW_SUITE, OLD_SUITE, Guest, qemu
+from tests.guests.network import Bridge
 
 OLDEST_SUITE = "bookworm"  # QEMU 7.2
 
@@ -234,6 +236,23 @@ def test_ram_that_qemu_would_empty_is_copied_instead(start, host, tmp_path):
     goes_on(guest)
 
 
+@pytest.mark.parametrize(("how", "mode"), [("directory", "auto"), ("removed", "cpr-reboot"), ("replaced", "auto")])
+def test_ram_in_a_file_that_another_qemu_would_not_find_goes_along(start, host, tmp_path, how, mode):
+    """QEMU counts it as RAM that stays in place: the guest went on with empty RAM."""
+    place = tmp_path if how == "directory" else tmp_path / "ram"
+    backend = f"memory-backend-file,id=ram0,size=256M,mem-path={place},share=on"
+    more = ["-object", backend, "-machine", "memory-backend=ram0"]
+    guest = start("nameless", linux=True, shared=False, more=more)
+    if how != "directory":
+        place.unlink()
+    if how == "replaced":
+        place.write_bytes(b"")
+    outcome = host.until("resume", guest, mode=mode)
+    assert outcome.update.mode == ("precopy" if mode == "auto" else mode)
+    assert not outcome.update.capabilities.get("x-ignore-shared")
+    goes_on(guest)
+
+
 @pytest.mark.parametrize("victim", ["old", "new"])
 def test_a_switch_by_file_that_loses_an_end_leaves_the_guest_or_says_that_it_is_down(start, host, victim):
     guest = start("hurt", machine="pc-q35-10.0")
@@ -264,6 +283,36 @@ def test_the_process_becomes_the_new_qemu(start, host, rebuilt_qemu):
     # And once more, back to the first one: nothing of the first time is in the way.
     host.until("resume", guest, qemu_binary=qemu(NEW_SUITE), mode="cpr-exec")
     assert guest.pid() == pid
+    goes_on(guest)
+
+
+def test_a_guest_that_went_down_after_exec_is_told_of_once(start, host, rebuilt_qemu):
+    guest = start("down", suite=NEW_SUITE)
+    host.until("resume", guest, qemu_binary=rebuilt_qemu, mode="cpr-exec")
+    with host.changed_record(guest) as record:
+        record["phase"] = "switched"  # the run died before it had looked at the guest
+    guest.kill()
+    guest.start(qemu(NEW_SUITE))
+    (outcome,) = host.launch(guest, qemu_binary=rebuilt_qemu)
+    assert outcome.error.code == "new-qemu-gone"
+    outcome = host.until("resume", guest, qemu_binary=rebuilt_qemu)
+    assert outcome.update.phase == "finished"
+    guest.wait_for_ticks()
+
+
+@pytest.mark.parametrize("change", ["memory", "binary"])
+def test_what_is_looked_at_once_more_before_exec(start, host, rebuilt_qemu, change):
+    guest = start("changed", suite=NEW_SUITE, more=["-m", "64M,slots=1,maxmem=1G"])
+    host.until("setup", guest, qemu_binary=rebuilt_qemu, mode="cpr-exec")
+    if change == "memory":
+        with guest.qmp() as monitor:
+            monitor.execute("object-add", **{"qom-type": "memory-backend-ram", "id": "more", "size": 64 << 20})
+    else:
+        copy = shutil.copy2(rebuilt_qemu, f"{rebuilt_qemu}.new")
+        os.rename(copy, rebuilt_qemu)
+    (outcome,) = host.resume(guest)
+    assert outcome.error.code == "guest-changed", str(outcome.error)
+    assert {"memory": "its memory", "binary": rebuilt_qemu}[change] in outcome.error.message
     goes_on(guest)
 
 
@@ -311,20 +360,32 @@ def test_a_guest_that_was_changed_since_its_rehearsal_does_not_go_by_exec(start,
     goes_on(guest)
 
 
+SHARED = ("-object", "memory-backend-memfd,id=ram0,size=64M,share=on")
+
+
+@pytest.fixture(name="tap")
+def fixture_tap():
+    """A tap in a bridge, as a guest has it that is taken over otherwise."""
+    bridge = Bridge()
+    yield bridge.tap("cprexec0")
+    bridge.delete()
+
+
 @pytest.mark.parametrize(
     ("options", "code"),
     [
         ({"more": ["-sandbox", "on,spawn=deny"]}, "sandbox-denies-exec"),
         ({"memory": None}, "memory-not-shared"),
         ({"suite": OLD_SUITE}, "mode-missing"),
+        ({"memory": None, "more": [*SHARED, "-machine", "memory-backend=ram0"]}, "aux-ram-not-shared"),
         (
             {"more": ["-netdev", "tap,id=t,ifname=cprexec0,script=no,downscript=no", "-device", "e1000,netdev=t"]},
-            "tap-unsupported",
+            "exec-keeps-descriptors",
         ),
     ],
     ids=lambda item: str(item)[:40],
 )
-def test_a_guest_that_would_be_lost_by_exec_is_refused(start, host, rebuilt_qemu, options, code):
+def test_a_guest_that_would_be_lost_by_exec_is_refused(start, host, rebuilt_qemu, tap, options, code):
     guest = start("trap", **{"suite": NEW_SUITE, **options})
     (outcome,) = host.launch(guest, qemu_binary=rebuilt_qemu, mode="cpr-exec")
     assert outcome.error.code == code

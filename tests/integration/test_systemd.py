@@ -153,7 +153,8 @@ def test_a_unit_with_a_checkpoint_starts_a_qemu_that_waits(machine, kind):
     name = f"held-{kind}"
     guest = started(machine, name, UNITS[kind])
     arguments = {"guests": [name], "state_directory": str(machine.shared / "checkpoints")}
-    answer = module("guest_checkpoint", arguments, python=machine.python())
+    heartbeat = {"heartbeat_command": f"test -e {guest.directory}/well", "heartbeat_timeout": 1}
+    answer = module("guest_checkpoint", {**arguments, **heartbeat}, python=machine.python())
     assert answer["changed"], answer
     before = guest.ticks()
     machine.run("systemctl", "restart", f"{name}.service")  # Restart=always has done so too, maybe
@@ -161,12 +162,16 @@ def test_a_unit_with_a_checkpoint_starts_a_qemu_that_waits(machine, kind):
     assert guest.status() == "inmigrate"
     machine.run("systemctl", "stop", f"{name}.service")
     answer = module("guest_restore", arguments, python=machine.python())
+    assert answer["guests"][0]["error"]["code"] == "heartbeat-missing", answer
+    # It runs, so what its service starts from now on is what its owner wrote.
+    assert "vmfleet-cpr-held" not in machine.run("systemctl", "cat", f"{name}.service")
+    (guest.directory / "well").touch()
+    answer = module("guest_restore", arguments, python=machine.python())
     assert answer["guests"][0]["phase"] == "restored", answer
     guest.wait_for_ticks()
     guest.check_continuity()
     assert guest.ticks()[: len(before)] == before
     after = machine.show(name)
     assert after["ActiveState"] == "active" and machine.process(int(after["MainPID"])) == guest.pid()
-    assert "vmfleet-cpr-held" not in machine.run("systemctl", "cat", f"{name}.service")
     machine.run("systemctl", "stop", f"{name}.service")
     wait_until(lambda: not guest.pids(), "it is gone")

@@ -125,6 +125,9 @@ def test_an_older_qemu_is_in_the_way_of_all_modes_but_cpr_reboot():
         ([], {12: "/dev/net/tun"}, False, ["exec-keeps-descriptors"]),
         ([], {12: "/memfd:ram0 (deleted)", 13: "anon_inode:kvm-vm"}, False, []),
         ([], {}, True, ["exec-relative-paths"]),
+        (["-audiodev", "alsa,id=a"], {}, False, ["exec-not-rehearsed"]),
+        (["-display", "gtk", "-netdev", "l2tpv3,id=n"], {}, False, ["exec-not-rehearsed"]),
+        (["-audiodev", "none,id=a", "-netdev", "user,id=n"], {}, False, []),
     ],
 )
 def test_what_would_fail_after_exec_is_found_before(words, kept, moved, expected):

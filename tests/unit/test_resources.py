@@ -15,11 +15,13 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.memory import Block
 def fixture_host(tmp_path, monkeypatch):
     """A host with 4 GiB to spare, and a QEMU of 200 MiB in a cgroup below one with a limit."""
 
-    def make(available=4 << 20, limit="max", used=0, inactive=0, environment="", running=(), own=()):
+    def make(available=4 << 20, limit="max", used=0, inactive=0, environment="", running=(), own=(), nodes="0-1", policy="default"):
         directory = tmp_path / "proc" / "7"
         directory.mkdir(parents=True)
         (tmp_path / "proc" / "meminfo").write_text(f"MemTotal: 8388608 kB\nMemAvailable: {available} kB\n")
-        (directory / "status").write_text("Name:\tqemu\nRssAnon:\t  204800 kB\nRssShmem:\t 1048576 kB\n")
+        allowed = f"Mems_allowed_list:\t{nodes}\n"
+        (directory / "status").write_text(f"Name:\tqemu\nRssAnon:\t  204800 kB\nRssShmem:\t 1048576 kB\n{allowed}")
+        (directory / "numa_maps").write_text(f"55d0 default file=/qemu\n55d1 {policy} heap anon=9\n")
         (directory / "cgroup").write_text("0::/guests/web1.service\n")
         (directory / "environ").write_text(environment)
         for path, values in (("guests", (limit, used)), ("guests/web1.service", ("max", used))):
@@ -101,6 +103,26 @@ def fixture_pools(tmp_path, monkeypatch, host):
 )
 def test_ram_is_counted_where_it_must_come_from(pools, block, expected):
     messages = pools(running=[block], own=[block])
+    assert [expected in message for message in messages] == ([True] if expected else [])
+
+
+BOUND = Block("m0", 256 << 20, nodes=(0,))
+
+
+@pytest.mark.parametrize(
+    ("block", "around", "expected"),
+    [
+        (PRIVATE, {"nodes": "0-1"}, None),
+        (PRIVATE, {"policy": "interleave:0-1"}, None),
+        (PRIVATE, {"nodes": "1"}, "needs 1056 MiB of its own beside the running one, and NUMA node 1 has 51 MiB left"),
+        (PRIVATE, {"policy": "bind:1"}, "needs 1056 MiB of its own beside the running one, and NUMA node 1 has 51 MiB left"),
+        (PRIVATE, {"policy": "bind=static:0-1"}, "NUMA node 0, 1 has 452 MiB left"),
+        (BOUND, {"policy": "bind:1"}, None),  # what has a policy of its own
+        (BOUND, {"nodes": "1"}, "NUMA node 1 has 51 MiB left"),  # a cpuset knows no such exceptions
+    ],
+)
+def test_a_qemu_that_is_bound_to_nodes_has_a_second_one_there_too(pools, block, around, expected):
+    messages = pools(running=[block], own=[block], **around)
     assert [expected in message for message in messages] == ([True] if expected else [])
 
 

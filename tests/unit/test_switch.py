@@ -58,3 +58,9 @@ def test_nothing_is_waited_for_once_both_ends_have_completed(turns):
     old = StandIn((until_stop, STOP), (until_old_is_through, COMPLETED))
     new = StandIn((until_new_is_through, COMPLETED))
     assert until_completed(old, new) < PAUSE_LIMIT / 2
+
+
+@pytest.mark.parametrize(("limit", "tries"), [(300, [10, 20, 40, 80, 160, 300, 300]), (5, [5, 5]), (10, [10, 10])])
+def test_a_copy_aims_at_a_short_pause_first_and_never_beyond_the_limit(limit, tries):
+    downtime = switch._Downtime(limit)
+    assert [downtime.next()["downtime-limit"] for dummy in tries] == tries

@@ -47,10 +47,13 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.phases import (
     verify,
     view,
 )
+from ansible_collections.vmfleet.cpr.plugins.module_utils.phases.successor import Successor, Successors
 from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
 
 WAITS = "The guest's state is in a file, and waits to be restored."
+# The run state of a QEMU that has written all of the guest.
+_COMPLETE = "postmigrate"
 # What a reboot empties.
 _VOLATILE = ("tmpfs", "ramfs", "hugetlbfs", "devtmpfs")
 # Bytes of a guest's state beside its RAM; with a display some 20 MiB.
@@ -80,7 +83,7 @@ async def checkpoint_all(task: Task) -> list[Outcome]:
             f"QEMUs without a -name run on this host (processes {pids}); nothing could say whose checkpoint that is.",
             "Name the guests to checkpoint, and take care of these by yourself.",
         )
-    plans: dict[str, journal.Update] = {}
+    plans: dict[str, Successor] = {}
     written = 0
 
     async def check(name: str) -> Outcome:
@@ -92,23 +95,19 @@ async def checkpoint_all(task: Task) -> list[Outcome]:
                 if ended:
                     return ended
             elif earlier.is_under_way:
-                raise CprError(
-                    "update-under-way",
-                    f"What an earlier run began with this guest is not finished ({earlier.phase}).",
-                    "Run vmfleet.cpr.live_update, or vmfleet.cpr.guest_restore, once more first.",
-                )
+                raise _under_way(earlier)
             return await judge(name)
 
     async def judge(name: str) -> Outcome:
         nonlocal written
-        inspection = await preflight.inspect(selected[name], task.journal.directory)
-        for blocker in blockers(inspection):
-            raise blocker
-        plans[name] = await _plan(task.journal, name, inspection, task.parameters)
+        inspection = await _inspect(task, selected[name])
+        successor = await successors.of(inspection)
         written += _bytes_to_write(t.cast("t.Any", inspection.observation))
         for blocker in resources.disk_blockers(task.journal.directory, written):
             raise blocker  # for this one beside those before it
-        return Outcome(name, True, "The guest's state would be written to a file, and its QEMU ended.")
+        plans[name] = successor
+        message = "The guest's state would be written to a file, and its QEMU ended."
+        return Outcome(name, True, message, warnings=successor.warnings)
 
     async def write(name: str) -> Outcome:
         if task.is_abandoned():
@@ -117,22 +116,47 @@ async def checkpoint_all(task: Task) -> list[Outcome]:
                 "The guest was left alone: whoever waited for its checkpoint is gone, and might not restore it.",
                 "Run again.",
             )
-        update = plans[name]
-        with task.hold(name):
+        with task.hold(name) as earlier:
+            # The guests before it took their time: somebody may have changed it meanwhile, or have written it, too.
+            if earlier.phase == journal.CHECKPOINTED or earlier.is_under_way:
+                raise _under_way(earlier)
+            qemu = guests.select([name], guests.by_name(process.find(), task.journal))[1][name]
+            update = await _plan(task, name, await _inspect(task, qemu), plans[name])
             task.claim(update)
             await checkpoint(update, timeout=task.timeout, write_timeout=task.parameters["write_timeout"])
-        return Outcome(name, True, str(update.message), update)
+        return Outcome(name, True, str(update.message), update, warnings=plans[name].warnings)
 
     already = [Outcome(name, False, WAITS, task.journal.load(name)) for name in waiting]
-    checked = await task.for_each(names, "preflight", check)
-    if task.check_mode or any(outcome.error for outcome in checked):
+    async with Successors(task) as successors:
+        checked = await task.for_each(names, "preflight", check)
+    if task.check_mode:
+        return [*already, *checked]
+    if any(outcome.error for outcome in checked):
         untouched = "Nothing was done."
-        return [
-            *already,
-            *(item if item.error or task.check_mode else Outcome(item.guest, False, untouched) for item in checked),
-        ]
+        return [*already, *(Outcome(item.guest, False, untouched) if item.guest in plans else item for item in checked)]
     done = {item.guest: item for item in await task.for_each(plans, "checkpoint", write)}
     return [*already, *(done.get(item.guest, item) for item in checked)]
+
+
+def _under_way(earlier: journal.Update) -> CprError:
+    return CprError(
+        "update-under-way",
+        f"What another run began with this guest is not finished ({earlier.phase}).",
+        "Run vmfleet.cpr.live_update, or vmfleet.cpr.guest_restore, once more first.",
+    )
+
+
+async def _inspect(task: Task, qemu: process.QemuProcess) -> preflight.Inspection:
+    """A guest that can be checkpointed.
+
+    :raises CprError: what stands in the way of that.
+    """
+    inspection = await preflight.inspect(qemu, task.journal.directory)
+    for blocker in blockers(inspection):
+        raise blocker
+    for blocker in resources.disk_blockers(task.journal.directory, _bytes_to_write(t.cast("t.Any", inspection.observation))):
+        raise blocker
+    return inspection
 
 
 def _is_complete(update: journal.Update | None) -> bool:
@@ -171,9 +195,8 @@ def _bytes_to_write(observation: readiness.Observation) -> int:
     return ram + _STATE_SIZE
 
 
-async def _plan(
-    records: journal.Journal, name: str, inspection: preflight.Inspection, parameters: t.Mapping[str, t.Any]
-) -> journal.Update:
+async def _plan(task: Task, name: str, inspection: preflight.Inspection, successor: Successor) -> journal.Update:
+    records, parameters = task.journal, task.parameters
     old = inspection.process
     pid = old.identity.pid
     observation = t.cast("t.Any", inspection.observation)
@@ -187,7 +210,7 @@ async def _plan(
     update.taps = list(description.running.taps)
     update.display, update.forwards = command.display, command.forwards
     in_place = _survives(observation)
-    agreement = handshake.agree(observation.offer, observation.offer, mode=CPR_REBOOT, in_place=in_place)
+    agreement = handshake.agree(observation.offer, successor.offer, mode=CPR_REBOOT, in_place=in_place)
     update.capabilities, update.parameters = agreement.capabilities, agreement.parameters
     update.old = journal.Qemu(
         pid, old.identity.start_time, old.executable, observation.offer.version_text, t.cast(str, inspection.monitor)
@@ -207,6 +230,9 @@ async def _plan(
         "directories": permissions.read(sorted({os.path.dirname(path) for path in bound})),
         "boot_id": process.boot_id(),
         "memory_files": [block.path for block in observation.memory] if in_place else [],
+        "images": [path for path in description.images if os.path.isfile(path)],
+        "binary": successor.path,
+        "version": successor.offer.version_text,
     }
     return update
 
@@ -220,9 +246,9 @@ async def checkpoint(update: journal.Update, *, timeout: float, write_timeout: f
     """
     started = time.monotonic()
     old = t.cast(journal.Qemu, update.old)
-    _make_room(update)
     with Watch(old.identity) as watch:
         async with await reach.old_qemu(update, watch, timeout) as monitor:
+            _make_room(update)
             try:
                 before = await view.read(monitor, old.pid)
                 agreed = handshake.Agreement(update.capabilities, update.parameters, [])
@@ -231,7 +257,7 @@ async def checkpoint(update: journal.Update, *, timeout: float, write_timeout: f
                 await transfer.prepare_old(monitor, update, journal.CHECKPOINTING)
                 await setup.set_parameters("old", monitor, update)
                 if update.unit:
-                    await systemd.hold_back(update.unit, old.executable, update.checkpoint["arguments"])
+                    await systemd.hold_back(update.unit, update.checkpoint["binary"], update.checkpoint["arguments"])
                 await page_cache.release(old.pid, timeout)
                 await _write(update, monitor, watch, write_timeout)
                 await _keep(update)
@@ -308,8 +334,23 @@ async def _keep(update: journal.Update) -> None:
     for path in update.checkpoint["memory_files"]:
         await asyncio.to_thread(_sync, path)
     await asyncio.to_thread(_sync, update.state_file)
+    look_at_files(update)
     update.checkpoint["size"] = os.path.getsize(update.state_file)
     update.checkpoint["sha256"] = await asyncio.to_thread(digest, update.state_file)
+
+
+def look_at_files(update: journal.Update) -> None:
+    """Note what the files are like that nobody may write to until the guest goes on: its images, its RAM in files."""
+    update.checkpoint["files"] = {}
+    for path in [*update.checkpoint["images"], *update.checkpoint["memory_files"]]:
+        with contextlib.suppress(FileNotFoundError):  # seen by its service only
+            update.checkpoint["files"][path] = look_of(path)
+
+
+def look_of(path: str) -> list[int]:
+    """A file's size and time, by which it shows that somebody has written to it; in seconds, since a reboot may round it."""
+    status = os.stat(path)
+    return [status.st_size, int(status.st_mtime)]
 
 
 def _sync(path: str) -> None:
@@ -340,12 +381,22 @@ async def undo(update: journal.Update, monitor: Monitor) -> None:
 
     :raises CprError: as `rollback.resume_old`, or ``state-directory``.
     """
-    if update.phase == journal.CHECKPOINTED:
+    complete = update.phase == journal.CHECKPOINTED
+    if complete:
         # On disk before the guest goes on: from then on what was written is out of date.
-        shutil.rmtree(update.channels, ignore_errors=True)
-        with contextlib.nullcontext() if os.path.exists(update.state_file) else contextlib.suppress(CprError):
+        try:
             update.enter(journal.CHECKPOINTING)
-    await rollback.resume_old(update, monitor)
+        except CprError:
+            shutil.rmtree(update.channels, ignore_errors=True)  # no room for that word: without a file it is not needed
+            if os.path.exists(update.state_file):
+                raise
+    try:
+        await rollback.resume_old(update, monitor)
+    except CprError:
+        with contextlib.suppress(CprError):
+            if complete and (await monitor.execute("query-status"))["status"] == _COMPLETE:
+                update.enter(journal.CHECKPOINTED, WAITS)  # it refused: what was written still is all of the guest
+        raise
     await _forget(update)
 
 
@@ -382,12 +433,18 @@ async def _finish_or_undo(earlier: journal.Update, found: process.QemuProcess) -
     with Watch(old.identity) as watch:
         async with await reach.old_qemu(earlier, watch) as monitor:
             # Somebody may have let the guest go on: what was written is out of date then.
-            stopped = (await monitor.execute("query-status"))["status"] == "postmigrate"
-            if earlier.phase == journal.CHECKPOINTED and stopped:
+            stopped = (await monitor.execute("query-status"))["status"] == _COMPLETE
+            if earlier.phase == journal.CHECKPOINTED and stopped and _has_its_file(earlier):
                 await _end(monitor, watch)
                 return Outcome(earlier.guest, True, WAITS, earlier)
             await undo(earlier, monitor)
     return None
+
+
+def _has_its_file(update: journal.Update) -> bool:
+    with contextlib.suppress(OSError):
+        return os.path.getsize(update.state_file) == update.checkpoint["size"]
+    return False
 
 
 async def is_waiting(qemu: process.QemuProcess, timeout: float = 0) -> bool:

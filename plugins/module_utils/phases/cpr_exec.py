@@ -69,9 +69,10 @@ async def switch(update: journal.Update, ends: Ends, limits: Limits) -> None:
                 failure: CprError | None = error
             else:
                 failure = None
-            if failure and not reach.has_become(update):
+            if failure and not await _becomes_after_all(update, ends):
                 mark.set(False)
-                await rollback.bring_back(update, ends.old, ends.new_watch)
+                async with await reach.old_qemu(update, ends.old_watch) as monitor:
+                    await rollback.bring_back(update, monitor, ends.new_watch)
                 failure.message += " The guest is back on the old QEMU, as before."
                 raise failure
         ends.new, running_at = await reach_running(update, ends.new_watch, limits.pause)
@@ -79,6 +80,20 @@ async def switch(update: journal.Update, ends: Ends, limits: Limits) -> None:
             update.pause_ms = round(running_at / 1000 - microseconds(stop) / 1000, 2)
     with contextlib.suppress(CprError):  # unrecorded, the next run finds it out
         update.enter(journal.SWITCHED)
+
+
+async def _becomes_after_all(update: journal.Update, ends: Ends) -> bool:
+    """Whether an old QEMU that took too long, or does not answer, becomes the new one all the same.
+
+    One that has written all of the guest, and is about to, must not let the guest go on: the new one would read
+    what is out of date by then. Only one that says that its migration has failed stays what it is.
+    """
+    if reach.has_become(update):
+        return True
+    with contextlib.suppress(CprError):
+        await ends.old.execute("migrate_cancel")  # does nothing to one that has completed
+    await ends.old.close()
+    return await reach.becomes(update, ends.old_watch)
 
 
 async def _until_it_has_become(update: journal.Update, ends: Ends, events: t.Any, limits: Limits) -> t.Any:

@@ -39,11 +39,13 @@ class Description:
 
     :ivar options: the command line that would start a guest with the same devices.
     :ivar notes: what people should know beforehand, as sentences.
+    :ivar images: the files of its disks that it may write to.
     """
 
     options: list[Option]
     running: new_command_line.Running
     notes: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
 
 
 async def describe(monitor: Monitor, qemu: QemuProcess, machine_type: str) -> Description:
@@ -54,7 +56,7 @@ async def describe(monitor: Monitor, qemu: QemuProcess, machine_type: str) -> De
     """
     pid = qemu.identity.pid
     plugged = await _plugged(monitor, qemu)
-    _check_images(qemu, plugged.nodes)
+    images = _check_images(qemu, plugged.nodes)
     options, notes = hotplug.applied(qemu.options, plugged)
     doubles = []
     backends = list(filter(taps.is_tap, options))
@@ -74,19 +76,22 @@ async def describe(monitor: Monitor, qemu: QemuProcess, machine_type: str) -> De
         user_networks=user_networks,
         generation_id=(await _optional(monitor, "query-vm-generation-id", {})).get("guid"),
     )
-    return Description(options, running, notes)
+    return Description(options, running, notes, images)
 
 
-def _check_images(qemu: QemuProcess, nodes: t.Iterable[t.Mapping[str, t.Any]]) -> None:
-    """The files of the guest's disks must be those that it has open, and open again for whom it is by now.
+def _check_images(qemu: QemuProcess, nodes: t.Iterable[t.Mapping[str, t.Any]]) -> list[str]:
+    """The images that the guest may write to.
+
+    The files of the guest's disks must be those that it has open, and open again for whom it is by now.
 
     QEMU opens a disk again when it takes a guest over, and also when it goes on with one that
     it did not get rid of. Where it can't, the guest is down.
     """
     pid = qemu.identity.pid
-    is_open = {process.file_id(f"{process.PROC}/{pid}/fd/{number}") for number in process.descriptors(pid)}
+    is_open = process.open_files(pid)
     around, root = surroundings.read(pid), f"{process.PROC}/{pid}/root"
     changes_user = new_command_line.changes_user(qemu.options)
+    written = []
     for node in nodes:
         name = node["image"]["filename"]
         if node["drv"] not in ("file", "host_device", "host_cdrom") or name.startswith(("/dev/fdset/", "json:")):
@@ -107,6 +112,9 @@ def _check_images(qemu: QemuProcess, nodes: t.Iterable[t.Mapping[str, t.Any]]) -
                 f"The guest's disk {path} can't be opened by the user that its QEMU has become (uid {around.user}).",
                 "Give that user, or one of its groups, access to it: chown or chmod.",
             )
+        if not node["ro"]:
+            written.append(path)
+    return written
 
 
 async def _optional(monitor: Monitor, command: str, otherwise: t.Any) -> t.Any:

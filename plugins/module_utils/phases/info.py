@@ -35,10 +35,17 @@ async def inspect_all(task: Task) -> list[Outcome]:
         inspection = await preflight.inspect(qemu, task.journal.directory)
         update = task.journal.load(name)
         return Outcome(
-            name, False, _sentence(inspection), update, extra={**_facts(inspection, binary), "copy": _copy(update)}
+            name, False, _sentence(inspection), update, extra={**_facts(inspection, binary), "copy": _copy(update), "unnamed": False}
         )
 
-    return await task.for_each(names, "preflight", one)
+    unnamed = [] if task.guests else found.get(None, [])
+    return [*await task.for_each(names, "preflight", one), *(_unnamed(qemu, binary) for qemu in unnamed)]
+
+
+def _unnamed(qemu: process.QemuProcess, binary: offer.Binary | None) -> Outcome:
+    inspection = preflight.Inspection(qemu, blockers=[guests.unnamed(qemu)])
+    facts = {**_facts(inspection, binary), "copy": None, "unnamed": True}
+    return Outcome(f"process {qemu.identity.pid}", False, _sentence(inspection), extra=facts)
 
 
 def _copy(update: journal.Update | None) -> dict[str, t.Any] | None:

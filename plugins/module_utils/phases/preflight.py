@@ -196,7 +196,7 @@ async def inspect(qemu: QemuProcess, state_directory: str) -> Inspection:
     try:
         async with await guests.open_monitor(qemu) as monitor:
             inspection.monitor = monitor.where
-            inspection.observation = await observe(monitor)
+            inspection.observation = await observe(monitor, qemu)
             description = await describe(monitor, qemu, inspection.observation.machine_type)
             # What can't be handed over is found out by trying.
             new_command_line.make(description.options, description.running, cpr_socket="/")
@@ -255,7 +255,7 @@ async def check_rehearsed(update: journal.Update, monitor: Monitor) -> None:
     command = new_command_line.make_in_place(description.options, description.running, state=update.state_file)
     changed = {
         "its devices": [new.executable, *command_line.write(command.arguments)] != update.exec_command,
-        "its memory": not all(block.shared for block in await _memory(monitor)),
+        "its memory": not all(block.shared for block in await _memory(monitor, qemu)),
         "what its QEMU has open": bool(_against_exec(qemu, description)),
         new.executable: process.file_id(new.executable) != tuple(update.executable_id),
     }
@@ -297,9 +297,10 @@ async def _refuse_unsupported(inspection: Inspection) -> None:
         )
 
 
-async def observe(monitor: Monitor) -> readiness.Observation:
+async def observe(monitor: Monitor, qemu: QemuProcess) -> readiness.Observation:
     """Ask a guest's monitor what readiness depends on; no command that would hold the guest up.
 
+    :param qemu: the process behind it.
     :raises CprError: as `Monitor.execute`.
     """
     properties = await monitor.execute("qom-list", {"path": "/machine"})
@@ -314,7 +315,7 @@ async def observe(monitor: Monitor) -> readiness.Observation:
         machine_type=await view.machine_type(monitor),
         run_state=run_state,
         migration=migration,
-        memory=await _memory(monitor),
+        memory=await _memory(monitor, qemu),
         aux_ram_share=aux_ram_share,
         block_jobs=sorted(await _jobs(monitor)),
         exports=[export["id"] for export in await monitor.execute("query-block-exports")],
@@ -325,7 +326,7 @@ async def observe(monitor: Monitor) -> readiness.Observation:
     )
 
 
-async def _memory(monitor: Monitor) -> list[memory.Block]:
+async def _memory(monitor: Monitor, qemu: QemuProcess) -> list[memory.Block]:
     pages = machine_view.read_page_sizes(await monitor.human("info ramblock"))
     pages = {name.rpartition("/")[2]: size for name, size in pages.items()}
     kinds = {item["name"]: item["type"] for item in await monitor.execute("qom-list", {"path": "/objects"})}
@@ -344,11 +345,25 @@ async def _memory(monitor: Monitor) -> list[memory.Block]:
                 page_size=pages.get(name, memory.ORDINARY_PAGE),
                 nodes=tuple(item["host-nodes"]) if item["policy"] == "bind" else (),
                 shared=bool(item.get("share")),
-                path=await get("mem-path"),
+                path=_own_file(qemu, await get("mem-path")),
                 discarded=bool(await get("discard-data")),
             )
         )
     return found
+
+
+def _own_file(qemu: QemuProcess, path: str | None) -> str | None:
+    """The file that a guest's RAM is, or None where another QEMU would not find it at this path.
+
+    In a directory QEMU makes a file without a name (file_ram_open in system/physmem.c), and a file may have been
+    removed or replaced since. QEMU itself takes each of them for one that the next QEMU can map, with
+    ``x-ignore-shared``, and the guest would go on with empty RAM.
+    """
+    if not path or os.path.isdir(qemu.path(path)):
+        return None
+    path, pid = qemu.path(path), qemu.identity.pid
+    seen = {process.file_id(path), process.file_id(f"{process.PROC}/{pid}/root{path}")}
+    return path if len(seen) == 1 and seen <= process.open_files(pid) - {None} else None
 
 
 async def _device_types(monitor: Monitor) -> frozenset[str]:

@@ -85,13 +85,13 @@ async def judge(update: journal.Update, old_watch: Watch, new_watch: Watch) -> v
     if update.phase != journal.SWITCHING:
         return verdict.Verdict.FORWARD if update.phase in journal.COMMITTED else verdict.Verdict.BACK
     if update.mode == CPR_EXEC:
-        return verdict.Verdict.FORWARD if await _becomes(update, old_watch) else verdict.Verdict.BACK
+        return verdict.Verdict.FORWARD if await becomes(update, old_watch) else verdict.Verdict.BACK
     old = await _run_state(old_qemu(update, old_watch), old_watch)
     new = await _run_state(new_qemu(update, new_watch), new_watch)
     return verdict.decide(old, new, update.may_have_run)
 
 
-async def _becomes(update: journal.Update, watch: Watch) -> bool:
+async def becomes(update: journal.Update, watch: Watch) -> bool:
     """With cpr-exec, whether the process is the new QEMU, or just about to become it.
 
     A QEMU that failed to become another one resumes the guest by itself.

@@ -31,7 +31,7 @@ async def recover(update: journal.Update, *, timeout: float) -> bool:
     with Watch(old.identity) as old_watch, Watch(new.identity) as new_watch:
         verdict = await reach.judge(update, old_watch, new_watch)
         forward = verdict in (Verdict.FORWARD, Verdict.EITHER)
-        if forward and old_watch.ended.is_set() and new_watch.ended.is_set() and update.mode != CPR_EXEC:
+        if forward and old_watch.ended.is_set() and new_watch.ended.is_set():
             raise rollback.write_off(update, failures.new_qemu_gone(update))
         if forward:
             async with await _new_monitor(update, new_watch, timeout) as monitor:

@@ -53,12 +53,22 @@ async def restore_all(task: Task) -> list[Outcome]:
 
     A guest that fails leaves its checkpoint behind, complete.
 
-    :raises CprError: as `qemu_binary.probe` where a binary was given; ``checkpoint-missing``.
+    :raises CprError: as `qemu_binary.probe` where a binary was given; ``checkpoint-missing``; ``host-stopping``.
     """
+    if await systemd.is_stopping():
+        raise CprError(
+            "host-stopping",
+            "The host is about to go down, and a guest that went on now would end with it.",
+            "Run again when it is back.",
+        )
     path = task.parameters["qemu_binary"]
     binary = await qemu_binary.probe(path) if path else None
     names = _in_order(task)
-    options = {"limit": task.parameters["restore_timeout"], "binary": binary}
+    options = {
+        "limit": task.parameters["restore_timeout"],
+        "binary": binary,
+        "accepted": task.parameters["accept_differences"],
+    }
 
     async def one(name: str) -> Outcome:
         if task.check_mode:
@@ -84,8 +94,16 @@ def _since(update: journal.Update) -> dict[str, t.Any]:
 
 
 def _in_order(task: Task) -> list[str]:
-    found = {name: update for name in task.journal.guests() for update in [task.journal.load(name)] if update}
-    names = [name for name, update in found.items() if update.phase in (*_RESTORABLE, journal.CHECKPOINTING)]
+    found: dict[str, journal.Update | None] = {}
+    for name in task.journal.guests():
+        try:
+            update = task.journal.load(name)
+        except CprError:
+            found[name] = None  # it will say so itself, and keep no other guest down
+        else:
+            if update and update.phase in (*_RESTORABLE, journal.CHECKPOINTING):
+                found[name] = update
+    names = list(found)
     missing = sorted(set(task.guests) - set(names))
     if missing:
         raise CprError(
@@ -94,7 +112,12 @@ def _in_order(task: Task) -> list[str]:
             f"Those that are there: {', '.join(sorted(names)) or 'none'}.",
         )
     wanted = task.guests or names
-    return sorted(wanted, key=lambda name: (found[name].checkpoint.get("started_at", 0), name))
+
+    def started_at(name: str) -> float:
+        update = found[name]
+        return update.checkpoint.get("started_at", 0) if update else 0
+
+    return sorted(wanted, key=lambda name: (started_at(name), name))
 
 
 async def restore(
@@ -104,6 +127,7 @@ async def restore(
     timeout: float,
     limit: float,
     binary: Binary | None,
+    accepted: t.Container[str],
 ) -> Outcome:
     """Start a QEMU for the guest, give it the guest's state, and let the guest run.
 
@@ -113,9 +137,11 @@ async def restore(
     :param running: the processes that have the guest's name.
     :param timeout: seconds for the start.
     :param limit: seconds that loading the state may take.
-    :param binary: the QEMU to take instead of the one that wrote the checkpoint.
-    :raises CprError: ``guest-running``, ``checkpoint-damaged``, ``checkpoint-incomplete``, ``state-unclear``,
-        ``restore-failed``; the checkpoint is complete and nothing runs the guest, but for the two in the middle.
+    :param binary: the QEMU to take instead of the one that was to have the guest when the checkpoint was written.
+    :param accepted: what is not asked for: ``disks-changed``.
+    :raises CprError: ``guest-running``, ``checkpoint-damaged``, ``disks-changed``, ``checkpoint-incomplete``,
+        ``state-unclear``, ``restore-failed``; the checkpoint is complete and nothing runs the guest, but for the two
+        before the last.
     """
     started = time.monotonic()
     if update.checkpoint.get("pids_of", update.checkpoint["boot_id"]) != process.boot_id():
@@ -126,11 +152,13 @@ async def restore(
     finished = await _take_up(update, running, timeout)
     if finished:
         return finished
-    await _check(update)
+    await _check(update, accepted)
     if binary:
         _check_binary(update, binary)
-    old = t.cast(journal.Qemu, update.old)
-    executable, version = (binary.path, binary.offer.version_text) if binary else (old.executable, old.version)
+    old, known = t.cast(journal.Qemu, update.old), update.checkpoint
+    executable, version = known.get("binary", old.executable), known.get("version", old.version)
+    if binary:
+        executable, version = binary.path, binary.offer.version_text
     update.new = journal.Qemu(0, 0, executable, version, old.monitor)
     await _start(update, timeout)
     with Watch(update.new.identity) as watch:
@@ -143,7 +171,7 @@ async def restore(
                 return await _finish(update, monitor, started)
         except BaseException as error:
             if update.phase == journal.RESTORING:  # it has not run
-                await watch.kill()
+                await _end(update, watch)
                 with contextlib.suppress(CprError):
                     update.enter(journal.CHECKPOINTED, checkpoint.WAITS)
                 if isinstance(error, CprError):
@@ -192,8 +220,16 @@ async def _take_up(update: journal.Update, running: t.Sequence[process.QemuProce
             async with connected as monitor:
                 await _resume(update, monitor, watch)
                 return await _finish(update, monitor, time.monotonic())
-        await watch.kill()
+        if not watch.ended.is_set():
+            await _end(update, watch)
     return None
+
+
+async def _end(update: journal.Update, watch: Watch) -> None:
+    """End a QEMU that has not run the guest, and note how it left the guest's disks: it may have opened them."""
+    await watch.kill()
+    with contextlib.suppress(OSError):
+        checkpoint.look_at_files(update)
 
 
 async def _release_unit(update: journal.Update) -> None:
@@ -221,18 +257,29 @@ def _leftovers(update: journal.Update) -> str:
     return f"{update.directory} and {systemd.held(update.unit)}" if update.unit else update.directory
 
 
-async def _check(update: journal.Update) -> None:
+async def _check(update: journal.Update, accepted: t.Container[str]) -> None:
+    """See that all of the guest is as it was left."""
     try:
         size = os.path.getsize(update.state_file)
         same = size == update.checkpoint["size"]
         same = same and await asyncio.to_thread(checkpoint.digest, update.state_file) == update.checkpoint["sha256"]
-        missing = [path for path in update.checkpoint["memory_files"] if not os.path.exists(path)]
+        looks = update.checkpoint.get("files", {})  # records of earlier versions have none
+        changed = [path for path, look in looks.items() if not os.path.exists(path) or checkpoint.look_of(path) != look]
     except OSError as error:
         raise _damaged(update, f"{update.state_file}: {error.strerror}") from error
     if not same:
         raise _damaged(update, f"{update.state_file} is not what was written")
-    if missing:
-        raise _damaged(update, f"the guest's RAM {', '.join(missing)} is gone")
+    ram = [path for path in update.checkpoint["memory_files"] if path in changed or not os.path.exists(path)]
+    if ram:
+        raise _damaged(update, f"the guest's RAM {', '.join(ram)} is gone, or somebody wrote to it")
+    if changed and "disks-changed" not in accepted:
+        raise CprError(
+            "disks-changed",
+            f"Somebody has written to the guest's disks since its state was written ({', '.join(changed)}). If the guest"
+            " was started from them meanwhile, they would be damaged if it went on from that state.",
+            f"If it was: remove {_leftovers(update)}, and start it from its disks. If you know that they hold what they"
+            " did (a copy put back): accept_differences with disks-changed.",
+        )
 
 
 def _damaged(update: journal.Update, why: str) -> CprError:
@@ -349,10 +396,18 @@ def _silent(update: journal.Update, timeout: float) -> CprError:
 
 async def _resume(update: journal.Update, monitor: Monitor, watch: Watch) -> None:
     """Let the guest run; from here on its checkpoint is out of date."""
+    before = update.phase
     update.enter(journal.RESUMING)
     if update.run_state != "running" or update.checkpoint.get("ran"):
         return  # a pause that somebody has made since is theirs
-    await monitor.execute("cont")
+    try:
+        await monitor.execute("cont")
+    except CprError as error:
+        # Refused, for an image that somebody has locked, say: if nobody ever told it before, it has not run.
+        if before == journal.RESTORING and error.code == "qmp-error":
+            if (await monitor.execute("query-status"))["status"] == verdict.COMPLETE:
+                update.phase = journal.RESTORING
+        raise
     stopped_at = update.checkpoint.get("stopped_at")
     if (await monitor.execute("query-status"))["status"] != "running":
         raise CprError(
@@ -368,6 +423,9 @@ async def _resume(update: journal.Update, monitor: Monitor, watch: Watch) -> Non
 async def _finish(update: journal.Update, monitor: Monitor, started: float) -> Outcome:
     """Put right what goes beyond the guest itself, and remove its checkpoint."""
     new = t.cast(journal.Qemu, update.new)
+    update.enter(journal.RESUMING)
+    if update.unit:
+        await systemd.let_go(update.unit)  # whatever fails from here on, its service starts the guest from its disk
     permissions.put_back(update.permissions)
     for tap in update.taps:
         with contextlib.suppress(CprError, OSError):
@@ -376,11 +434,8 @@ async def _finish(update: journal.Update, monitor: Monitor, started: float) -> O
                     if name == tap.name:
                         descriptors.let_tap_go(new.pid, number)
     await retire.restore_ports(update, monitor)
-    update.enter(journal.RESUMING)
     await verify.verify(update, monitor)
     await setup.put_back(monitor, update.restore)
-    if update.unit:
-        await systemd.let_go(update.unit)
     update.took("restore", started)
     pause = f" after {update.pause_ms / 1000:.1f} s" if update.pause_ms else ""
     message = f"The guest goes on in QEMU {new.version}{pause}."
