@@ -59,6 +59,7 @@ class Wish:
     :ivar packages: the paths of .deb or .rpm files, or of directories with such.
     :ivar installed: the path of a binary of the host's packages.
     :ivar described_as: what the user gave instead of these paths, to be compared with on the next run.
+    :ivar executables: of an installed one, as `qemu_modules.executables`: what runs these uses the copy's files.
     :ivar only_plan: whether the archive, or more packages than these, are not here yet: nothing is made then.
     """
 
@@ -70,6 +71,7 @@ class Wish:
     packages: tuple[str, ...] = ()
     installed: str | None = None
     described_as: tuple[str, ...] = ()
+    executables: tuple[tuple[int, int], ...] = ()
     only_plan: bool = False
 
     @property
@@ -119,7 +121,8 @@ async def of_installed(directory: str, binary: str) -> tuple[Wish, str]:
         raise CprError("binary-missing", f"There is no QEMU binary at {binary} on this host.", "Nothing is to be kept.")
     version, build = qemu_versions.build_of(await commands.run(binary, "-version"))
     name = qemu_versions.sanitized(build) if build else version
-    return Wish(directory, name, os.path.basename(binary), installed=binary), build
+    executables = tuple(await qemu_modules.executables(binary, (version, build)))
+    return Wish(directory, name, os.path.basename(binary), installed=binary, executables=executables), build
 
 
 async def make(wish: Wish, check_mode: bool) -> Made:
@@ -273,6 +276,7 @@ async def _make(wish: Wish) -> None:
                     "origin": wish.origin,
                     "emulator": wish.emulator,
                     "qemu_version": version,
+                    "executables": wish.executables,
                     "made_at": time.time(),
                 },
                 stream,
@@ -430,13 +434,17 @@ async def _use_own_libraries(root: str) -> str | None:
     return loader
 
 
+def lacks_patchelf() -> bool:
+    """Whether this host has not what makes QEMU use libraries that came with it."""
+    return not shutil.which("patchelf", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin:/sbin:/bin")
+
+
 async def _patch(root: str, *words: str) -> None:
     """Change how the programs find their libraries.
 
     DT_RPATH, and not DT_RUNPATH as patchelf has it by itself: it serves the libraries' own libraries, and modules.
     """
-    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin:/sbin:/bin"
-    if not shutil.which("patchelf", path=path):
+    if lacks_patchelf():
         raise CprError(
             "patchelf-missing",
             "The packages bring libraries of their own, and there is no patchelf on this host to make QEMU use them.",

@@ -21,8 +21,10 @@ import glob
 import json
 import os
 import shutil
+import typing as t
 
 from ansible_collections.vmfleet.cpr.plugins.module_utils import commands, guests, process, qemu_versions
+from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 
 _PLACE = "/run/qemu"
 _MARKER = ".vmfleet-cpr.json"
@@ -34,25 +36,41 @@ def directories() -> list[str]:
     return sorted({path for pattern in _DIRECTORIES for path in glob.glob(pattern) if glob.glob(f"{path}/*.so")})
 
 
-def endangered(binary: str) -> list[str]:
-    """The guests that run an installed build and could load modules of another one; their names or processes."""
-    identity = process.file_id(binary)
+async def executables(binary: str, build: tuple[str, str]) -> list[tuple[int, int]]:
+    """Device and inode of all installed emulators of a build: they share its modules, and a package has more than one.
+
+    :param binary: one of them.
+    :param build: its version and the build's own, as `qemu_versions.build_of`.
+    """
+    found = {process.file_id(binary)}
+    for path in glob.glob(f"{glob.escape(os.path.dirname(binary))}/qemu-system-*"):
+        with contextlib.suppress(CprError):  # something else of that name
+            if qemu_versions.build_of(await commands.run(path, "-version")) == build:
+                found.add(process.file_id(path))
+    return sorted(identity for identity in found if identity)
+
+
+def endangered(identities: t.Container[tuple[int, int]]) -> list[str]:
+    """The guests that run an installed build and could load modules of another one; their names or processes.
+
+    :param identities: as `executables`.
+    """
     if not directories():
         return []
-    running = [qemu for qemu in process.find() if qemu.executable_id == identity]
+    running = [qemu for qemu in process.find() if qemu.executable_id in identities]
     return sorted(guests.name_of(qemu) or f"process {qemu.identity.pid}" for qemu in running)
 
 
-def missing(binary: str, build: str) -> list[str]:
+def missing(binary: str, build: str, identities: t.Container[tuple[int, int]]) -> list[str]:
     """The modules of an installed build that its running guests would lose with it.
 
     :param build: its own version, as in parentheses in ``-version``.
+    :param identities: as `executables`.
     :returns: their paths.
     """
     if not build or not _looks_there(binary):
         return []
-    identity = process.file_id(binary)
-    if not any(qemu.executable_id == identity for qemu in process.find()):
+    if not any(qemu.executable_id in identities for qemu in process.find()):
         return []
     kept = os.path.join(_PLACE, qemu_versions.sanitized(build))
     by_others = _kept_by_scripts()
@@ -80,13 +98,13 @@ def _kept_by_scripts() -> set[str]:
     return found
 
 
-async def keep(binary: str, build: str) -> list[str]:
+async def keep(binary: str, build: str, identities: t.Sequence[tuple[int, int]]) -> list[str]:
     """Put the modules where the running guests will look for them; the names of these.
 
     :raises CprError: ``command-failed`` where the directory can't be made to run programs from.
     :raises OSError: the host refused it.
     """
-    paths = missing(binary, build)
+    paths = missing(binary, build, identities)
     if not paths:
         return []
     place = os.path.join(_PLACE, qemu_versions.sanitized(build))
@@ -100,7 +118,7 @@ async def keep(binary: str, build: str) -> list[str]:
         await commands.run("mount", "-o", "remount,bind,exec,nosuid,nodev", place)
     names = sorted(map(os.path.basename, paths))
     with open(os.path.join(place, _MARKER), "w", encoding="utf-8") as stream:
-        json.dump({"executable": process.file_id(binary), "modules": names}, stream)
+        json.dump({"executables": identities, "modules": names}, stream)
     return names
 
 
@@ -115,7 +133,7 @@ async def drop_unused(check_mode: bool) -> list[str]:
             with open(marker, encoding="utf-8") as stream:
                 kept = json.load(stream)
             running = {qemu.executable_id for qemu in process.find()}
-            if tuple(kept["executable"]) in running:
+            if not running.isdisjoint(map(tuple, kept["executables"])):
                 continue
             place = os.path.dirname(marker)
             dropped.append(place)

@@ -110,6 +110,8 @@ def look(directory: str, emulator: str, state_directories: t.Iterable[str]) -> S
     if not versions:
         return Store(directory, emulator)
     used, unseen = _users({name: version.path for name, version in versions.items()})
+    for name, users in _users_of_originals(versions.values()).items():
+        used[name] += [user for user in users if user not in used[name]]
     named = _named(versions, {given, directory}, state_directories)
     filled = (
         dataclasses.replace(version, used_by=tuple(used[name]), named_by=tuple(named[name]))
@@ -160,9 +162,22 @@ def _users(trees: t.Mapping[str, str]) -> tuple[dict[str, list[str]], int]:
             words = " ".join(qemus[pid].arguments)
             owners |= {name for name, tree in trees.items() if qemu_versions.mentions(words, tree)}
         for owner in owners:
-            name = guests.name_of(qemus[pid]) if pid in qemus else None
-            found[owner].append(f"guest {name} (process {pid})" if name else f"process {pid} ({_command(pid)})")
+            found[owner].append(_user(qemus[pid]) if pid in qemus else f"process {pid} ({_command(pid)})")
     return found, unseen
+
+
+def _users_of_originals(versions: t.Iterable[Version]) -> dict[str, list[str]]:
+    """Which guests run the installed build that a version is a copy of, also when it was upgraded under them."""
+    markers = {version.name: read_marker(version.path) or {} for version in versions}
+    return {
+        name: [_user(qemu) for qemu in process.find() if list(qemu.executable_id) in marker.get("executables", [])]
+        for name, marker in markers.items()
+    }
+
+
+def _user(qemu: process.QemuProcess) -> str:
+    name, pid = guests.name_of(qemu), qemu.identity.pid
+    return f"guest {name} (process {pid})" if name else f"process {pid} ({_command(pid)})"
 
 
 def _files(trees: t.Mapping[str, str]) -> dict[tuple[int, int], str]:
@@ -284,5 +299,10 @@ async def remove(
                     aside = os.path.join(store.directory, qemu_versions.UNFINISHED + version.name)
                     shutil.rmtree(aside, ignore_errors=True)
                     os.rename(version.path, aside)
+                    users = _users({version.name: aside})[0][version.name]
+                    if users:  # it was started a moment before
+                        os.rename(aside, version.path)
+                        judged[version.name] = Judgement(False, f"in use by {users[0]}")
+                        continue
                 shutil.rmtree(aside)
         return store, judged, await qemu_modules.drop_unused(check_mode)

@@ -83,6 +83,15 @@ def build_of(text: str) -> tuple[str, str]:
     return found[1], found[2] or ""
 
 
+def fits(name: str, version: str) -> bool:
+    """Whether the name of a version's directory is none that speaks of another version of QEMU.
+
+    :param version: what its emulator says, ``11.1.3``.
+    """
+    spoken_of = re.match(r"\d{1,2}\.\d+", name)
+    return not spoken_of or f"{version}.".startswith(f"{spoken_of[0]}.")
+
+
 def mentions(text: str, path: str) -> bool:
     """Whether a text holds a path, or one below it, and not only one that begins alike."""
     return re.search(rf"(?<![\w./-]){re.escape(path)}(?![\w.+~-])", text) is not None

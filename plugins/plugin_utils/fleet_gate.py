@@ -19,16 +19,18 @@ from ansible_collections.vmfleet.cpr.plugins.plugin_utils.fleet_settings import 
 def outcomes(
     noted: t.Sequence[Fact], hosts: t.Sequence[str], plan: Fact, rounds: t.Sequence[t.Mapping[str, list[str]]]
 ) -> list[dict[str, t.Any]]:
-    """What became of every host of a batch.
+    """What became of every host of a batch, and who of it was ``left`` out.
 
     :param noted: what was noted of each; nothing of one that failed before.
     :param rounds: what was tried.
     """
-    return [
-        {"found": {"msg": "It failed before its guests could be looked at."}, **item, "host": host,
-         "wanted": [guest for found in rounds for guest in found.get(host, ())], "was": plan["run_states"][host]}
-        for host, item in zip(hosts, noted)
-    ]  # fmt: skip
+    found = []
+    for host, item in zip(hosts, noted):
+        wanted = [guest for tried in rounds for guest in tried.get(host, ())]
+        left = [guest for guest in plan["pending"][host] if guest not in wanted]
+        nothing = {"found": {"msg": "It failed before its guests could be looked at."}}
+        found.append({**nothing, **item, "host": host, "wanted": wanted, "left": left, "was": plan["run_states"][host]})
+    return found
 
 
 def lost(outcomes: t.Sequence[Fact]) -> list[str]:
@@ -59,7 +61,8 @@ def gate(
     :param failure_budget: how many failures there may be so far, or which part of the guests (``"5%"``).
     :param pause_budget: milliseconds for ``p50``, ``p99`` and ``largest``.
     :returns: ``passed``, the ``reasons`` why not, ``failures`` with ``host``, ``guest`` and ``message``,
-        ``pauses_ms`` with ``p50``, ``p99``, ``largest`` and who had it, ``updated`` and ``tried`` guests.
+        ``pauses_ms`` with ``p50``, ``p99``, ``largest`` and who had it, ``updated`` and ``tried`` guests, and what is to
+        be said of those that were ``left_out`` of each host.
     """
     failures = [failure for outcome in outcomes for failure in failures_of(outcome)]
     tried = sum(len(outcome["wanted"]) for outcome in outcomes)
@@ -89,7 +92,13 @@ def gate(
         "pauses_ms": measured,
         "updated": tried - len(failures),
         "tried": tried,
+        "left_out": {outcome["host"]: left_out(outcome["left"]) for outcome in outcomes if outcome.get("left")},
     }
+
+
+def left_out(guests: t.Iterable[str]) -> str:
+    """What is to be said of guests that were not tried."""
+    return f"left out, since an update may still go on on a lost host: {', '.join(guests)}"
 
 
 def percentile(figures: t.Sequence[float], part: float) -> float:

@@ -62,6 +62,12 @@ def plan(
         notes += [f"{host}: {guest['message']}" for guest in check["guests"] if guest.get("unnamed")]
         notes += [f"{host}: live_update_labels names {name}, which is not there" for name in labels]
     chosen = select(guests, query)
+    notes += [
+        f"{guest['host']}: {guest['name']}: an earlier run began its update ({guest['phase']}), and live_update_guest_query leaves"
+        " it out"
+        for guest in guests
+        if guest.get("phase") not in ENDED and guest not in chosen
+    ]
     pending: dict[str, list[dict[str, t.Any]]] = {host: [] for host in hosts}
     up_to_date = 0
     for guest in chosen:

@@ -85,16 +85,15 @@ def split(hosts: list[str], batches: t.Any) -> list[list[str]]:
     :raises AnsibleFilterError: a size is neither a number nor a percentage.
     """
     sizes = batches if isinstance(batches, list) else [batches]
-    for size in sizes:
-        if not re.fullmatch(r"\d+%?", str(size).strip()):
+    for size in sizes or ["nothing"]:
+        if not re.fullmatch(r"0*[1-9]\d*%?", str(size).strip()):
             raise AnsibleFilterError(
                 f"live_update_batches has {size}, and must have numbers of hosts or percentages like 10%."
             )
     found: list[list[str]] = []
     rest = list(hosts)
     while rest:
-        size = str(sizes[min(len(found), len(sizes) - 1)]).strip() if sizes else "0"
-        number = pct_to_int(size, len(hosts)) or len(rest)
+        number = pct_to_int(str(sizes[min(len(found), len(sizes) - 1)]).strip(), len(hosts))
         found.append(rest[:number])
         rest = rest[number:]
     return found
@@ -154,6 +153,8 @@ def deadline(until: str, begun: float) -> float | None:
             elif found > start + datetime.timedelta(hours=12):
                 found -= datetime.timedelta(days=1)
             return found.timestamp()
+        if len(text) <= len("2026-11-24"):
+            raise ValueError("a date is not enough: it would be over when it begins")
         return datetime.datetime.fromisoformat(text).timestamp()
     except ValueError:
         raise AnsibleFilterError(

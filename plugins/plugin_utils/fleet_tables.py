@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import typing as t
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils.journal import ENDED
-from ansible_collections.vmfleet.cpr.plugins.plugin_utils.fleet_gate import failures_of, pauses_of
+from ansible_collections.vmfleet.cpr.plugins.module_utils.journal import ENDED, local_time
+from ansible_collections.vmfleet.cpr.plugins.plugin_utils.fleet_gate import failures_of, left_out, pauses_of
 from ansible_collections.vmfleet.cpr.plugins.plugin_utils.fleet_plan import reason, sentence
 from ansible_collections.vmfleet.cpr.plugins.plugin_utils.fleet_settings import Fact
 
 
-def summary(plan: Fact) -> list[str]:
+def summary(plan: Fact, deadline: float | None = None, now: float = 0) -> list[str]:
     """A plan in lines for whoever watches.
 
     :param plan: as `fleet_plan.plan` returned it.
+    :param deadline: after when no batch begins, in seconds since 1970; None for ever.
+    :param now: the time, in the same.
     """
     lines = []
+    if deadline is not None:
+        lines.append(f"no batch begins after {local_time(deadline)}{', which has passed' if now >= deadline else ''}")
     for number, hosts in enumerate(plan["batches"], 1):
         guests = [f"{host} ({', '.join(plan['pending'][host])})" for host in hosts]
         lines.append(f"batch {number}: {', '.join(guests)}")
@@ -78,12 +82,12 @@ def report(plan: Fact, outcomes: t.Sequence[Fact]) -> list[str]:
             rows.append([host, 0, 0, len(pending), "", "not begun"])
             continue
         names = tried[host]["wanted"]
-        left = [name for name in pending if name not in names]
+        left = tried[host]["left"]
         failed = [failure["guest"] for failure in failures_of(tried[host])]
         pauses = [pause for pause, dummy in pauses_of(tried[host])]
         longest = f"{max(pauses):.1f}" if pauses else ""
         said = [f"failed: {', '.join(failed)}"] if failed else []
-        said += [f"left out, since an update may still go on on a lost host: {', '.join(left)}"] if left else []
+        said += [left_out(left)] if left else []
         rows.append([host, len(names) - len(failed), len(failed), len(left), longest, "; ".join(said)])
     rows += [[host, 0, 0, "?", "", f"unreachable: {why}"] for host, why in plan["unreachable"].items()]
     rows += [

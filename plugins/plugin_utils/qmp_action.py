@@ -61,7 +61,10 @@ def this_run() -> dict[str, str]:
 
     :returns: its ``key``, for programs, and ``who`` it is, for people.
     """
-    user = pwd.getpwuid(os.getuid()).pw_name
+    try:
+        user = pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        user = f"user {os.getuid()}"  # in a container it need not have a name
     return {
         "key": f"{_control_node()} {_PROCESS.pid} {_PROCESS.start_time}",
         "who": f"process {_PROCESS.pid} of {user} on the control node {platform.node()}",

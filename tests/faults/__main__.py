@@ -20,8 +20,8 @@ import re
 import sys
 import time
 
-from tests.faults.faults import FAULTS, MATRIX, PHASES
-from tests.faults.trial import MODES, Result, run_trial
+from tests.faults.faults import FAULTS, MODES, PHASES, matrix_of
+from tests.faults.trial import Result, run_trial
 from tests.guests.guest import CACHE
 
 
@@ -109,7 +109,7 @@ def main() -> int:
     cells = len({(result.mode, result.fault, result.phase) for result in results if result.hit})
     summary = (
         f"{len(results)} trials from seed {arguments.seed} in {time.monotonic() - started:.0f} s,"
-        f" {sum(result.hit for result in results)} hit, {cells} of {len(MODES) * len(MATRIX)} cells:"
+        f" {sum(result.hit for result in results)} hit, {cells} of {sum(len(matrix_of(mode)) for mode in MODES)} cells:"
         f" {counts['lost']} lost, {counts['doubled']} doubled, {counts['left over']} left over,"
         f" {len(failed)} failed{f' (seeds {failed})' if failed else ''}."
     )

@@ -37,12 +37,14 @@ class Fault:
         Raises ProcessLookupError where there is nothing to break any more.
     :ivar phases: when it can happen.
     :ivar mended_after: seconds; None for the end of the run.
+    :ivar beside: whether it takes a new QEMU beside the old one, which cpr-exec has not.
     """
 
     name: str
     inject: t.Callable[[Scene], t.Callable[[], object] | None]
     phases: tuple[str, ...] = PHASES
     mended_after: float | None = None
+    beside: bool = False
 
 
 def parent_of(pid: int) -> int:
@@ -101,8 +103,8 @@ def _signals() -> t.Iterator[Fault]:
                 return (lambda: _go_on(pid)) if number == signal.SIGSTOP else None
 
             # Nobody but the update itself has to get along with a new QEMU that hangs.
-            after = None if target == "the new QEMU" else HOLD
-            yield Fault(f"{number.name} to {target}", inject, phases, after)
+            is_new = target == "the new QEMU"
+            yield Fault(f"{number.name} to {target}", inject, phases, None if is_new else HOLD, beside=is_new)
 
 
 def _go_on(pid: int) -> None:
@@ -216,12 +218,19 @@ FAULTS = (
     Fault("state directory full", _fill),
     Fault("state directory not writable", _forbid),
     Fault("connection to the old QEMU cut", _cut("old"), ("transferring", "set-up", "switching", "commit", "switched")),
-    Fault("connection to the new QEMU cut", _cut("new"), ("set-up", "switching", "commit", "switched")),
-    Fault("a capability on the new QEMU only", _set_capability, ("transferred", "set-up")),
+    Fault("connection to the new QEMU cut", _cut("new"), ("set-up", "switching", "commit", "switched"), beside=True),
+    Fault("a capability on the new QEMU only", _set_capability, ("transferred", "set-up"), beside=True),
     Fault("a device that the new QEMU lacks", _plug, ("launching", "launched")),
-    Fault("a device that goes from the new QEMU", _unplug_from_new, ("set-up",)),
+    Fault("a device that goes from the new QEMU", _unplug_from_new, ("set-up",), beside=True),
 )
 
 # Spread, so that a few trials in a row see a bit of everything.
 MATRIX = [(fault, phase) for fault in FAULTS for phase in fault.phases]
 random.Random(0).shuffle(MATRIX)
+
+MODES = ("cpr-transfer", "precopy", "cpr-reboot", "cpr-exec")
+
+
+def matrix_of(mode: str) -> list[tuple[Fault, str]]:
+    """What can break in a mode, and when."""
+    return [(fault, phase) for fault, phase in MATRIX if mode != "cpr-exec" or not fault.beside]

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 import time
@@ -270,10 +272,10 @@ def test_another_task_s_checkpoint_is_not_written_over(start, host, monkeypatch)
     guests = [start("first"), start("second")]
     real = checkpoint.checkpoint
 
-    async def meanwhile(update, **options):
+    async def meanwhile(update, timeout, write_timeout):
         monkeypatch.setattr(checkpoint, "checkpoint", real)
         done(await asyncio.to_thread(host.checkpoint, "second"))
-        await real(update, **options)
+        await real(update, timeout=timeout, write_timeout=write_timeout)
 
     monkeypatch.setattr(checkpoint, "checkpoint", meanwhile)
     outcomes = host.checkpoint("first", "second", concurrency=1)
@@ -288,11 +290,11 @@ def test_what_was_plugged_in_while_others_were_written_goes_along(start, host, m
     start("before")
     real = checkpoint.checkpoint
 
-    async def meanwhile(update, **options):
+    async def meanwhile(update, timeout, write_timeout):
         if update.guest == "before":
             with guest.qmp() as monitor:
                 monitor.execute("device_add", driver="usb-mouse", id="mouse", bus="usb.0")
-        await real(update, **options)
+        await real(update, timeout=timeout, write_timeout=write_timeout)
 
     monkeypatch.setattr(checkpoint, "checkpoint", meanwhile)
     assert [outcome.error for outcome in host.checkpoint("before", "plugged", concurrency=1)] == [None, None]
@@ -371,6 +373,41 @@ def dies_at(host, monkeypatch, phase, work):
     for lock in host.state.glob("*/lock"):
         wait_until(lambda lock=lock: is_free(lock), "the lock is free")
     time.sleep(0.1)
+
+
+def killed_after(seconds, work):
+    """Run it in a child that is killed by then, wherever it is."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_that_is_killed_at_any_instant_leaves_all_of_the_guest(start, host, seed):
+    guest = start("any")
+    chance = random.Random(seed)
+    phases = set()
+
+    def there_and_back():
+        host.checkpoint(guest)
+        host.restore(guest)
+
+    for dummy in range(12):
+        killed_after(chance.uniform(0, 1.0), there_and_back)
+        for lock in host.state.glob("*/lock"):
+            wait_until(lambda lock=lock: is_free(lock), "the lock is free")
+        record = host.state / "any" / "update.json"
+        phases.add(json.loads(record.read_text())["phase"] if record.exists() else None)
+        for outcome in host.restore():
+            assert outcome.error is None, str(outcome.error)
+        goes_on(guest)
+    assert len(phases) > 2, phases  # else it was killed at the same instant again and again
 
 
 @pytest.mark.parametrize("phase", ["checkpointing", "checkpointed"])

@@ -144,6 +144,8 @@ def test_packages_unpacked_beside_the_old_build_leave_the_host_as_it_is(store, g
     before = store.machine.run("sh", "-c", "dpkg -l; ls -lR /usr/share/qemu /var/lib/apt; cat /etc/ld.so.conf")
     old = guest_of("unpacked-old", INSTALLED)
     words = {"version": "11.1.3-1", "keep": 0}
+    wrong = store.run("unpacked", "--check", packages=["qemu-system-nothing"], version="11.1.3-1")
+    assert not wrong.ok and "[package-not-available]" in wrong.output and "qemu-system-nothing" in wrong.output
 
     check = store.run("unpacked", "--check", **words)
     assert check.ok and check.changed > 0 and check.result["guests_elsewhere"][0]["name"] == "unpacked-old"
@@ -179,6 +181,8 @@ def test_libraries_that_come_along_are_used(store):
     missing = store.run("unpacked", version="own", packages=packages)
     assert not missing.ok and "[patchelf-missing]" in missing.output
     assert store.names() == [".lock"]
+    check = store.run("unpacked", "--check", version="own", packages=packages)
+    assert check.ok and "There is no patchelf on this host" in check.output
 
     store.machine.run("sh", "-c", f"dpkg -i {CACHE}/packages/trixie/*.deb")
     done = store.run("unpacked", version="own", packages=packages)
@@ -266,17 +270,20 @@ def test_versions_that_nobody_needs_go_and_others_stay(store, guest_of):
 def test_an_upgrade_in_place_keeps_what_running_guests_need(store, guest_of):
     old = guest_of("upgraded", INSTALLED)
     pid = old.pid()
+    lists = store.machine.run("sh", "-c", "find /var/lib/apt /var/cache/apt || true")  # none was fetched yet
+    check = store.run("package", "--check", version="1:11.1*")
+    assert check.ok and check.result["guests_elsewhere"][0]["name"] == "upgraded", check.output
+    assert store.machine.run("sh", "-c", "find /var/lib/apt /var/cache/apt || true") == lists
     wrong = store.run("package", version="1:99*")
     assert not wrong.ok and "[package-not-available]" in wrong.output and "1:99*" in wrong.output
     assert wrong.changed == 0
 
-    check = store.run("package", "--check", version="1:11.1*")
-    assert check.ok, check.output
-    assert check.result["guests_elsewhere"][0]["name"] == "upgraded"
     assert store.version(INSTALLED).startswith("10.0.")
 
-    done = store.run("package", version="1:11.1*")
+    done = store.run("package", version="1:11.1*", keep=0)
     assert done.ok, done.output
+    (copy,) = done.result["kept"]
+    assert copy["reason"].startswith("in use by guest upgraded"), copy
     assert done.result["path"] == done.result["default"] == INSTALLED
     assert done.result["version"] == store.version(store.link) == "11.1.3"
     (elsewhere,) = done.result["guests_elsewhere"]

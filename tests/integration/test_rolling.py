@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import shlex
@@ -91,12 +92,13 @@ def test_a_fleet_is_updated_batch_by_batch_and_once(fleet):
     assert "web0   10.0.2  11.1.3  ready, by cpr-transfer" in status.stdout
     assert fleet.updated() == set()
 
-    dry = fleet.run("--check")
+    dry = fleet.run("--check", until="2026-01-01T00:00")
     assert dry.returncode == 0
+    assert "no batch begins after 2026-01-01 00:00:00" in dry.stdout and ", which has passed" in dry.stdout
     assert "batch 1: hv0 (web0, db0)" in dry.stdout.replace("db0, web0", "web0, db0")
     assert "batch 3" in dry.stdout
     assert "skipping: no hosts matched" in dry.stdout  # no batch, and no verdict on one
-    assert "passed" not in dry.stdout
+    assert '"passed"' not in dry.stdout
     assert fleet.updated() == set()
 
     run = fleet.run(batches=[1, "50%"])
@@ -149,6 +151,9 @@ def test_failures_within_the_budget_stop_nothing_and_fail_the_run(fleet):
     run = fleet.run()
     assert run.returncode == 2
     assert "[fleet-not-ready]" in run.stdout and "gone: " in run.stdout
+    assert fleet.updated() == set()
+    dry = fleet.run("--check", failure_budget=1)
+    assert dry.returncode == 2 and recap(dry)["gone"]["failed"] == 1  # as the run itself
     assert fleet.updated() == set()
     run = fleet.run(failure_budget=1)
     assert run.returncode == 2
@@ -245,7 +250,8 @@ def test_what_may_go_on_on_a_lost_host_keeps_its_label(fleet, tmp_path):
     assert "[host-lost]" in run.stdout or "hv0: Failed to connect" in run.stdout
     assert "left out, since an update may still go on on a lost host: a1" in run.stdout
     assert "left out, since an update may still go on on a lost host: a2" in run.stdout
-    assert {name: host["failed"] for name, host in recap(run).items()} == {"hv0": 1, "hv1": 0, "hv2": 0}
+    # Those too of which a guest was left behind.
+    assert {name: host["failed"] for name, host in recap(run).items()} == {"hv0": 1, "hv1": 1, "hv2": 1}
     link.write_text("local")
     del fleet.inventory["hv0"]["live_update_copy_timeout"]
     assert fleet.run().returncode == 0
@@ -272,14 +278,24 @@ def test_a_guest_that_was_started_anew_meanwhile_did_not_go_on(fleet, tmp_path):
 
 def test_a_host_whose_health_can_t_be_asked_is_not_well(fleet):
     """The task on it does not only fail, it can't even be tried."""
+    # It comes first, as a host that has nothing to do with all this may.
+    fleet.inventory["nowhere"] = {"ansible_connection": "none.such"}
     for number in range(3):
         fleet.host(f"hv{number}", f"one{number}")
     fleet.inventory["hv0"]["live_update_health_host"] = "nowhere"
-    fleet.inventory["nowhere"] = {"ansible_connection": "none.such"}
-    run = fleet.run(hosts="all:!nowhere", batches=[2], health_command="true")
+    run = fleet.run(hosts="all:!nowhere", batches=[2], health_command="true", failure_budget=5)
     assert run.returncode == 2
     assert "[gate-closed]" in run.stdout and "none.such" in run.stdout
+    assert '"updated": 2' in run.stdout or "updated: 2" in run.stdout  # the guests are well
     assert fleet.updated() == {"one0", "one1"}
+
+
+def test_a_health_command_that_does_not_end_is_a_bad_sign(fleet):
+    fleet.host("hv0", "one0")
+    fleet.host("hv1", "one1")
+    run = fleet.run(batches=[1], health_command="sleep 1000", health_timeout=2, failure_budget=5)
+    assert run.returncode == 2 and "[gate-closed]" in run.stdout and "live_update_health_command failed" in run.stdout
+    assert fleet.updated() == {"one0"}
 
 
 def test_a_guest_that_goes_away_after_the_check_keeps_nobody_else_back(fleet, tmp_path):
@@ -306,10 +322,14 @@ def test_pauses_and_health_are_judged(fleet):
     assert run.returncode == 2
     assert "hv1: live_update_health_command failed: the fan stands still" in run.stdout
     assert fleet.updated() == {"one0", "one1"}
-    run = fleet.run(batches=[1], until="2026-01-01T00:00")
+    # The window closes while the host is looked at.
+    fleet.host("hv3", "one3")
+    until = datetime.datetime.now().astimezone() + datetime.timedelta(seconds=25)
+    wait = f"while [ $(date +%s) -le {int(until.timestamp())} ]; do sleep 0.1; done"
+    run = fleet.run(batches=[1], until=until.isoformat(), health_command=wait)
     assert run.returncode == 0
-    assert "not begun" in run.stdout
-    assert fleet.updated() == {"one0", "one1"}
+    assert "live_update_until has passed" in run.stdout and "not begun" in run.stdout
+    assert fleet.updated() == {"one0", "one1", "one2"}
 
 
 def test_ansible_runner_drives_it_as_awx_does(fleet, tmp_path):

@@ -13,7 +13,7 @@ import asyncio
 import pytest
 from hypothesis import given, strategies
 
-from ansible_collections.vmfleet.cpr.plugins.module_utils import qemu_add, qemu_store, qemu_versions
+from ansible_collections.vmfleet.cpr.plugins.module_utils import process, qemu_add, qemu_store, qemu_versions
 from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 from ansible_collections.vmfleet.cpr.plugins.module_utils.qemu_versions import Version
 
@@ -163,6 +163,50 @@ def test_who_has_a_file_of_a_version_open_is_seen_also_when_it_is_deleted(tmp_pa
     assert [f"process {os.getpid()} " in user for user in found["used"].used_by] == [True]
     assert found["free"].used_by == ()
     assert free.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "fits"),
+    [
+        ("11.1.3", "11.1.3", True),
+        ("11.1.3-1", "11.1.4", True),
+        ("11.1", "11.10.0", False),
+        ("11.1.3", "10.0.13", False),
+        ("Debian_1_10.0.13", "10.0.13", True),
+        ("2026.11", "11.1.3", True),
+        ("ours", "11.1.3", True),
+    ],
+)
+def test_a_name_that_speaks_of_another_version_is_seen(name, version, fits):
+    assert qemu_versions.fits(name, version) == fits
+
+
+def test_who_runs_the_build_that_a_copy_was_made_of_uses_it(tmp_path, monkeypatch):
+    """That build was upgraded under the guest since, and what it runs is no file of the copy."""
+    copy, other = made(tmp_path, "copy"), made(tmp_path, "other")
+    marker = qemu_store.json.loads((copy / qemu_store.MARKER).read_text())
+    (copy / qemu_store.MARKER).write_text(qemu_store.json.dumps({**marker, "executables": [[1, 2], [1, 3]]}))
+    guest = process.QemuProcess(process.Identity(7, 1), ("-name", "web1"), "/usr/bin/qemu", (1, 3), "deleted", "/")
+    monkeypatch.setattr(process, "find", lambda: [guest])
+    judged = qemu_store.look(str(tmp_path), "qemu-system-x86_64", []).judge(0, None, [])
+    assert judged["copy"].reason == "in use by guest web1 (process 7)" and not judged["copy"].removable
+    assert judged["other"].removable and other.exists()
+
+
+def test_a_version_that_is_started_just_when_it_goes_stays(tmp_path, monkeypatch):
+    made(tmp_path, "late")
+    real, seen = qemu_store._users, []
+
+    def users(trees):
+        found, unseen = real(trees)
+        seen.append(trees)
+        return ({"late": ["guest web1 (process 7)"]} if len(seen) > 1 else found), unseen
+
+    monkeypatch.setattr(qemu_store, "_users", users)
+    arguments = {"keep": 0, "default": None, "protected": [], "check_mode": False}
+    dummy, judged, dummy = asyncio.run(qemu_store.remove(str(tmp_path), "qemu-system-x86_64", [], **arguments))
+    assert judged["late"] == qemu_versions.Judgement(False, "in use by guest web1 (process 7)")
+    assert sorted(os.listdir(tmp_path)) == [".lock", "late"]
 
 
 def test_what_is_half_made_goes_and_what_is_not_ours_stays(tmp_path):

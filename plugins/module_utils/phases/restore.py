@@ -186,7 +186,10 @@ async def _take_up(update: journal.Update, running: t.Sequence[process.QemuProce
         if new and qemu.identity == new.identity:
             continue
         if old and qemu.identity == old.identity:
-            return await _still_in_its_qemu(update, old)
+            outcome = await _still_in_its_qemu(update, old, timeout)
+            if outcome:
+                return outcome
+            continue
         if update.unit and await checkpoint.is_waiting(qemu, timeout):
             continue  # systemd has started it for us
         raise CprError(
@@ -238,18 +241,32 @@ async def _release_unit(update: journal.Update) -> None:
         await systemd.let_go(update.unit)
 
 
-async def _still_in_its_qemu(update: journal.Update, old: journal.Qemu) -> Outcome:
-    """The QEMU that wrote the state is there, and has all of the guest: nothing need be read."""
+async def _still_in_its_qemu(update: journal.Update, old: journal.Qemu, timeout: float) -> Outcome | None:
+    """The QEMU that wrote the state is there, and has all of the guest: nothing need be read; None if it was just ending."""
     with Watch(old.identity) as watch:
-        async with await reach.old_qemu(update, watch) as monitor:
+        try:
+            connected = await reach.old_qemu(update, watch)
+        except CprError:
+            if update.phase == journal.CHECKPOINTED and await watch.wait(timeout):
+                return None
+            raise
+        async with connected as monitor:
             await checkpoint.undo(update, monitor)
     return Outcome(update.guest, True, "The guest goes on in the QEMU that it was in.", update)
 
 
 async def _runs(update: journal.Update, watch: Watch, timeout: float) -> bool:
     """Whether a QEMU that was only to load the guest's state runs it: somebody may have told it to."""
-    async with await reach.new_qemu(update, watch, timeout) as monitor:
-        return (await monitor.execute("query-status"))["status"] not in (verdict.WAITING, verdict.COMPLETE)
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            async with await reach.new_qemu(update, watch, timeout) as monitor:
+                return (await monitor.execute("query-status"))["status"] not in (verdict.WAITING, verdict.COMPLETE)
+        except CprError as error:
+            if watch.ended.is_set():
+                return False
+            if error.code != "monitor-unreachable" or time.monotonic() > deadline:
+                raise  # else it has just been started
 
 
 def _leftovers(update: journal.Update) -> str:
