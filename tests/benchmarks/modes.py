@@ -12,6 +12,7 @@ nothing of it is cheap to copy. Prints medians and ratios.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -24,6 +25,7 @@ import threading
 import time
 import typing as t
 
+from tests.benchmarks import bare_sequence
 from tests.guests.guest import NEW_SUITE, Guest, Qmp, boot_sector_guest, qemu
 from tests.integration.conftest import Host
 
@@ -145,6 +147,10 @@ def _wait(monitor: Qmp, name: str, status: str | None = None) -> float:
             return event["timestamp"]["seconds"] * 1e3 + event["timestamp"]["microseconds"] / 1e3
 
 
+def _bare_transfer(guest: Guest, dummy: pathlib.Path, size: int, binary: str) -> float:
+    return asyncio.run(bare_sequence.update_all([guest], binary, 1))[0]
+
+
 def _bare_precopy(guest: Guest, directory: pathlib.Path, size: int, binary: str) -> float:
     shared = ("-object", f"memory-backend-memfd,id=pc.ram,size={size}M,share=on", "-machine", "memory-backend=pc.ram")
     with guest.qmp() as old, contextlib.contextmanager(_second)(guest, directory, binary, *shared) as new:
@@ -205,7 +211,9 @@ def _bare_exec(guest: Guest, directory: pathlib.Path, dummy: int, binary: str) -
             time.sleep(0.001)
 
 
-_BARE = {"precopy": _bare_precopy, "cpr-reboot": _bare_reboot, "cpr-exec": _bare_exec}
+_BARE = {
+    "cpr-transfer": _bare_transfer, "precopy": _bare_precopy, "cpr-reboot": _bare_reboot, "cpr-exec": _bare_exec,
+}  # fmt: skip
 _ROWS: list[tuple[str, str, t.Sequence[str] | None]] = [
     ("cpr-transfer", "shared", _MEMFD),
     ("cpr-exec", "shared", _MEMFD),
@@ -249,9 +257,8 @@ def main() -> None:
             ours, bare = [], []
             for dummy in range(arguments.runs):
                 for found, measure in ((ours, by_collection), (bare, by_bare_sequence)):
-                    if measure is by_collection or mode in _BARE:
-                        with tempfile.TemporaryDirectory() as place:
-                            found.append(measure(pathlib.Path(place), mode, memory, arguments.memory, str(binary)))
+                    with tempfile.TemporaryDirectory() as place:
+                        found.append(measure(pathlib.Path(place), mode, memory, arguments.memory, str(binary)))
             _print_row(mode, name, ours, bare)
         found = []
         for dummy in range(arguments.runs):

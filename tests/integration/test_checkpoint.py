@@ -234,12 +234,18 @@ def test_disks_that_were_written_to_meanwhile_are_not_put_under_an_old_state(sta
     goes_on(guest)
 
 
-def test_ram_in_its_file_that_was_written_to_is_damaged(start, host, tmp_path):
-    guest = start("scribbled", linux=True, shared=False, more=in_a_file(tmp_path / "ram"))
+def test_ram_in_another_file_of_that_name_is_not_taken_for_the_guests(start, host, tmp_path):
+    """As where its place is emptied at boot, and a service's QEMU makes the file anew."""
+    guest = start("emptied", linux=True, shared=False, more=in_a_file(tmp_path / "ram"))
     done(host.checkpoint(guest))
-    os.utime(tmp_path / "ram", (time.time() + 60,) * 2)
+    os.rename(tmp_path / "ram", tmp_path / "away")
+    with open(tmp_path / "ram", "wb") as stream:
+        stream.truncate(256 << 20)
     (outcome,) = host.restore(guest)
     assert outcome.error.code == "checkpoint-damaged" and guest.pids() == []
+    os.rename(tmp_path / "away", tmp_path / "ram")
+    done(host.restore(guest))
+    goes_on(guest)
 
 
 def test_a_record_that_can_not_be_read_keeps_no_other_guest_down(start, host):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 
 import pytest
@@ -54,11 +55,12 @@ class Remote:
 
 @pytest.mark.timeout(900)  # two boots of a machine whose KVM is emulated, and every task takes seconds
 def test_a_guest_of_72_is_adopted_and_keeps_its_boot_id_over_the_reboot_of_its_host(hypervisor, tmp_path):
-    """It is a service that is started at boot, with plain memory; another one was started by hand on 11.1."""
+    """It is a service that is started at boot, with plain memory; another one was started by hand on 11.1, its RAM in a file."""
     linux = linux_guest("penguin", tmp_path / "penguin", shared=False)
     linux.words = [word.replace("accel=tcg", "accel=kvm") for word in linux.words]
     # Not under KVM: on an emulated SVM a guest in real mode was reset once while nobody touched it.
-    sector = boot_sector_guest("counter", tmp_path / "counter", accelerator="tcg", memory=None)
+    in_a_file = ("-object", "memory-backend-file,id=ram0,size=64M,mem-path={dir}/ram,share=on")
+    sector = boot_sector_guest("counter", tmp_path / "counter", accelerator="tcg", memory=in_a_file)
     penguin, counter = (Remote(hypervisor, guest, tmp_path / guest.name) for guest in (linux, sector))
     oldest, binary = qemu("bookworm"), qemu(NEW_SUITE)
     unit = tmp_path / "penguin.service"
@@ -97,6 +99,8 @@ def test_a_guest_of_72_is_adopted_and_keeps_its_boot_id_over_the_reboot_of_its_h
     numbers = [int(line, 16) for line in lines if line not in ("", "boot")]
     assert lines.count("boot") == 1
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) > before["counter"]
+    record = json.loads(hypervisor.run("cat", "/var/lib/vmfleet-cpr/counter/update.json"))
+    assert record["checkpoint"]["memory_files"] == record["checkpoint"]["marked"] == [f"{counter.directory}/ram"]
     unit = hypervisor.run("systemctl", "cat", "penguin.service")
     assert "held" not in unit
     assert hypervisor.run("systemctl", "show", "-P", "MainPID", "penguin.service").split() == penguin.pids()

@@ -28,15 +28,20 @@ def goes_on(guest: Guest) -> None:
     guest.pid()
 
 
+def goes_by_transfer(host, guest: Guest, binary: str) -> None:
+    """Whatever its RAM was, from now on nothing of it is copied."""
+    outcome = host.until("resume", guest, qemu_binary=binary)
+    assert outcome.update.mode == "cpr-transfer" and outcome.update.copied == {}
+    goes_on(guest)
+
+
 def test_a_guest_of_72_with_plain_memory_is_adopted_and_then_goes_by_cpr_transfer(start, host, rebuilt_qemu):
     guest = start("adopted", suite=OLDEST_SUITE, memory=None)
     first = host.until("resume", guest)
     assert first.update.mode == "precopy" and "memory-not-shared" in first.update.mode_reason
     assert first.update.copied["mib_total"] >= 64 and "64 MiB of RAM were copied" in first.message
     goes_on(guest)
-    second = host.until("resume", guest, qemu_binary=rebuilt_qemu)
-    assert second.update.mode == "cpr-transfer" and second.update.copied == {}
-    goes_on(guest)
+    goes_by_transfer(host, guest, rebuilt_qemu)
 
 
 def test_a_linux_guest_of_72_is_adopted_and_keeps_its_boot_id(start, host, rebuilt_qemu):
@@ -44,8 +49,7 @@ def test_a_linux_guest_of_72_is_adopted_and_keeps_its_boot_id(start, host, rebui
     # Under TCG; tests/integration/test_host_reboot.py has one under KVM.
     assert host.until("resume", guest, accept_differences=["tcg-precopy"]).update.mode == "precopy"
     goes_on(guest)
-    assert host.until("resume", guest, qemu_binary=rebuilt_qemu).update.mode == "cpr-transfer"
-    goes_on(guest)
+    goes_by_transfer(host, guest, rebuilt_qemu)
 
 
 # Of 7.2: everything that people run, and none of it ready.
@@ -69,14 +73,15 @@ def as_of_72(options):
 
 
 @pytest.mark.parametrize("name", PRIVATE)
-def test_a_healthy_guest_of_72_is_adopted(start, host, tmp_path, name):
+def test_a_healthy_guest_of_72_is_adopted(start, host, rebuilt_qemu, tmp_path, name):
     healthy.prepare(tmp_path / "healthy")
     guest = start("healthy", suite=OLDEST_SUITE, **as_of_72(PRIVATE[name]))
     assert host.until("resume", guest, accept_differences=["tcg-precopy"]).update.mode == "precopy"
     goes_on(guest)
+    goes_by_transfer(host, guest, rebuilt_qemu)
 
 
-def test_a_hot_plugged_memory_module_is_copied_too(start, host):
+def test_a_hot_plugged_memory_module_is_copied_too(start, host, rebuilt_qemu):
     guest = start("dimm", suite=OLDEST_SUITE, memory=None, more=["-m", "64M,slots=2,maxmem=1G"])
     with guest.qmp() as monitor:
         monitor.execute("object-add", **{"qom-type": "memory-backend-ram", "id": "mem1", "size": 128 << 20})
@@ -87,6 +92,7 @@ def test_a_hot_plugged_memory_module_is_copied_too(start, host):
     with guest.qmp() as monitor:
         backends = {item["id"]: (item["share"], item["size"]) for item in monitor.execute("query-memdev")}
     assert backends == {"pc.ram": (True, 64 << 20), "mem1": (True, 128 << 20)}
+    goes_by_transfer(host, guest, rebuilt_qemu)
 
 
 @pytest.fixture(name="huge_pages")
@@ -106,7 +112,7 @@ def fixture_huge_pages(tmp_path):
     pool.write_text(before, encoding="ascii")
 
 
-def test_huge_pages_stay_huge_pages_and_must_be_free(start, host, huge_pages):
+def test_huge_pages_stay_huge_pages_and_must_be_free(start, host, rebuilt_qemu, huge_pages):
     backend = ("-object", f"memory-backend-file,id=ram0,size=64M,mem-path={huge_pages},prealloc=on")
     guest = start("huge", suite=OLDEST_SUITE, memory=None, machine="q35,memory-backend=ram0", more=backend)
     pool = pathlib.Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
@@ -121,6 +127,7 @@ def test_huge_pages_stay_huge_pages_and_must_be_free(start, host, huge_pages):
         pages = monitor.execute("human-monitor-command", **{"command-line": "info ramblock"})
         (backend,) = monitor.execute("query-memdev")
     assert "ram0    2 MiB" in pages and backend["share"] and backend["prealloc"]
+    goes_by_transfer(host, guest, rebuilt_qemu)
 
 
 def test_where_memory_is_short_one_guest_goes_after_another(start, host, huge_pages):
@@ -162,7 +169,7 @@ def pages_of_busy(guest):
     return [int.from_bytes(image.read_bytes()[page : page + 4], "little") for page in range(0, 0x80000, 0x1000)]
 
 
-def test_a_busy_guest_is_copied_and_slowed_down_where_its_owner_allows_it(start, host):
+def test_a_busy_guest_is_copied_and_slowed_down_where_its_owner_allows_it(start, host, rebuilt_qemu):
     guest = start("busy", suite=OLDEST_SUITE, memory=None, busy=True)
     outcome = host.until("resume", guest, capabilities={"auto-converge": True})
     assert outcome.update.capabilities["auto-converge"] and outcome.update.copied["passes"] > 1
@@ -172,6 +179,7 @@ def test_a_busy_guest_is_copied_and_slowed_down_where_its_owner_allows_it(start,
     assert max(counters) - min(counters) <= 1 and counters[0] > 0
     with guest.qmp() as monitor:
         assert monitor.execute("query-migrate-parameters")["downtime-limit"] == 300
+    goes_by_transfer(host, guest, rebuilt_qemu)
 
 
 def test_the_ram_of_a_guest_without_kvm_is_copied_only_if_its_owner_says_so(start, host):

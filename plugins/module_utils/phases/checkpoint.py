@@ -52,6 +52,8 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.process import Watch
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
 
 WAITS = "The guest's state is in a file, and waits to be restored."
+# An attribute of RAM in a file.
+_MARK = "user.vmfleet-cpr"
 # The run state of a QEMU that has written all of the guest.
 _COMPLETE = "postmigrate"
 # What a reboot empties.
@@ -231,6 +233,8 @@ async def _plan(task: Task, name: str, inspection: preflight.Inspection, success
         "boot_id": process.boot_id(),
         "memory_files": [block.path for block in observation.memory] if in_place else [],
         "images": [path for path in description.images if os.path.isfile(path)],
+        "mark": os.urandom(8).hex(),
+        "marked": [],
         "binary": successor.path,
         "version": successor.offer.version_text,
     }
@@ -332,19 +336,44 @@ async def _write(update: journal.Update, monitor: Monitor, watch: Watch, timeout
 async def _keep(update: journal.Update) -> None:
     """See that what was written is on the disk, and note what it must be like when it is read."""
     for path in update.checkpoint["memory_files"]:
+        _mark(update, path)
         await asyncio.to_thread(_sync, path)
     await asyncio.to_thread(_sync, update.state_file)
-    look_at_files(update)
+    look_at_images(update)
     update.checkpoint["size"] = os.path.getsize(update.state_file)
     update.checkpoint["sha256"] = await asyncio.to_thread(digest, update.state_file)
 
 
-def look_at_files(update: journal.Update) -> None:
-    """Note what the files are like that nobody may write to until the guest goes on: its images, its RAM in files."""
-    update.checkpoint["files"] = {}
-    for path in [*update.checkpoint["images"], *update.checkpoint["memory_files"]]:
+def _mark(update: journal.Update, path: str) -> None:
+    """Mark RAM in a file: where there is none by that name any more, a QEMU makes another one, which is empty."""
+    with contextlib.suppress(OSError):  # its file system has no such attributes
+        os.setxattr(path, _MARK, update.checkpoint["mark"].encode())
+        update.checkpoint["marked"].append(path)
+
+
+def unmark(update: journal.Update) -> None:
+    """Take the marks away again."""
+    for path in update.checkpoint.get("marked", ()):
+        with contextlib.suppress(OSError):
+            os.removexattr(path, _MARK)
+
+
+def is_marked(update: journal.Update, path: str) -> bool:
+    """Whether that RAM still is the guest's; also where there was no way to mark it."""
+    if path not in update.checkpoint.get("marked", ()):
+        return os.path.exists(path)
+    try:
+        return os.getxattr(path, _MARK) == update.checkpoint["mark"].encode()
+    except OSError:
+        return False
+
+
+def look_at_images(update: journal.Update) -> None:
+    """Note what the images are like, to which nobody may write until the guest goes on."""
+    update.checkpoint["looks"] = {}
+    for path in update.checkpoint["images"]:
         with contextlib.suppress(FileNotFoundError):  # seen by its service only
-            update.checkpoint["files"][path] = look_of(path)
+            update.checkpoint["looks"][path] = look_of(path)
 
 
 def look_of(path: str) -> list[int]:
@@ -401,6 +430,7 @@ async def undo(update: journal.Update, monitor: Monitor) -> None:
 
 
 async def _forget(update: journal.Update) -> None:
+    unmark(update)
     shutil.rmtree(update.channels, ignore_errors=True)
     with contextlib.suppress(CprError):
         if update.unit:

@@ -232,7 +232,7 @@ async def _end(update: journal.Update, watch: Watch) -> None:
     """End a QEMU that has not run the guest, and note how it left the guest's disks: it may have opened them."""
     await watch.kill()
     with contextlib.suppress(OSError):
-        checkpoint.look_at_files(update)
+        checkpoint.look_at_images(update)
 
 
 async def _release_unit(update: journal.Update) -> None:
@@ -280,15 +280,15 @@ async def _check(update: journal.Update, accepted: t.Container[str]) -> None:
         size = os.path.getsize(update.state_file)
         same = size == update.checkpoint["size"]
         same = same and await asyncio.to_thread(checkpoint.digest, update.state_file) == update.checkpoint["sha256"]
-        looks = update.checkpoint.get("files", {})  # records of earlier versions have none
+        looks = update.checkpoint.get("looks", {})  # records of earlier versions have none
         changed = [path for path, look in looks.items() if not os.path.exists(path) or checkpoint.look_of(path) != look]
     except OSError as error:
         raise _damaged(update, f"{update.state_file}: {error.strerror}") from error
     if not same:
         raise _damaged(update, f"{update.state_file} is not what was written")
-    ram = [path for path in update.checkpoint["memory_files"] if path in changed or not os.path.exists(path)]
+    ram = [path for path in update.checkpoint["memory_files"] if not checkpoint.is_marked(update, path)]
     if ram:
-        raise _damaged(update, f"the guest's RAM {', '.join(ram)} is gone, or somebody wrote to it")
+        raise _damaged(update, f"the guest's RAM {', '.join(ram)} is gone, or another file by now")
     if changed and "disks-changed" not in accepted:
         raise CprError(
             "disks-changed",
@@ -443,6 +443,7 @@ async def _finish(update: journal.Update, monitor: Monitor, started: float) -> O
     update.enter(journal.RESUMING)
     if update.unit:
         await systemd.let_go(update.unit)  # whatever fails from here on, its service starts the guest from its disk
+    checkpoint.unmark(update)
     permissions.put_back(update.permissions)
     for tap in update.taps:
         with contextlib.suppress(CprError, OSError):
