@@ -13,7 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import stat
+import threading
 import time
 import typing as t
 
@@ -23,6 +25,8 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.errors import CprError
 # Seconds. What was written meanwhile is no more than what takes about as long.
 _LITTLE = 0.05
 _PASSES = 3
+# An image that QEMU is not to drop, in both syntaxes.
+_KEEPS_CACHE = re.compile(r'drop-cache"?\s*[=:]\s*(off|no|false)')
 
 
 async def release(pid: int, timeout: float) -> None:
@@ -30,19 +34,35 @@ async def release(pid: int, timeout: float) -> None:
 
     What can't be done in time, or at all, is left to the QEMUs.
 
-    :param timeout: seconds for writing.
+    :param timeout: seconds.
     """
-    with contextlib.suppress(CprError, OSError):
+    deadline = time.monotonic() + timeout
+    with contextlib.suppress(OSError):  # it is gone
         found = _open_files(pid)
         written = [path for path, flags in found.items() if flags & os.O_ACCMODE != os.O_RDONLY]
-        deadline = time.monotonic() + timeout
         for dummy in range(_PASSES if written else 0):
             started = time.monotonic()
-            await commands.run("sync", "-d", *written, timeout=max(deadline - started, 0))
+            with contextlib.suppress(CprError):  # one that can't be written out is no reason against the others
+                await commands.run("sync", "-d", *written, timeout=max(deadline - started, 0))
             if time.monotonic() - started < _LITTLE:
                 break
-        if "drop-cache=off" not in process.read_file(pid, "cmdline"):
-            await asyncio.get_running_loop().run_in_executor(None, _drop, found)
+        if not _KEEPS_CACHE.search(process.read_file(pid, "cmdline")) and time.monotonic() < deadline:
+            await _in_a_thread(lambda: _drop(found), deadline - time.monotonic())
+
+
+async def _in_a_thread(work: t.Callable[[], None], timeout: float) -> None:
+    """Wait for what may block, but not for ever: nobody waits for the thread at the end."""
+    loop = asyncio.get_running_loop()
+    done = asyncio.Event()
+
+    def run() -> None:
+        work()
+        with contextlib.suppress(RuntimeError):  # nobody waits any more
+            loop.call_soon_threadsafe(done.set)
+
+    threading.Thread(target=run, daemon=True).start()
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(done.wait(), timeout)
 
 
 def _open_files(pid: int) -> dict[str, int]:
@@ -65,7 +85,7 @@ def _open_files(pid: int) -> dict[str, int]:
 def _drop(paths: t.Iterable[str]) -> None:
     for path in paths:
         with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
                 os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:

@@ -228,7 +228,7 @@ def flags_of(pid: int, number: int) -> int:
     :raises OSError: it is gone, or it belongs to another user.
     """
     lines = read_file(pid, f"fdinfo/{number}").splitlines()
-    return next(int(line.split()[1], 8) for line in lines if line.startswith("flags:"))
+    return next((int(line.split()[1], 8) for line in lines if line.startswith("flags:")), 0)
 
 
 def kept_by_exec(pid: int) -> dict[int, str]:

@@ -42,8 +42,10 @@ async def executables(binary: str, build: tuple[str, str]) -> list[tuple[int, in
     :param binary: one of them.
     :param build: its version and the build's own, as `qemu_versions.build_of`.
     """
-    found = {process.file_id(binary)}
+    found: set[tuple[int, int] | None] = {process.file_id(binary), None}
     for path in glob.glob(f"{glob.escape(os.path.dirname(binary))}/qemu-system-*"):
+        if process.file_id(path) in found:
+            continue
         with contextlib.suppress(CprError):  # something else of that name
             if qemu_versions.build_of(await commands.run(path, "-version")) == build:
                 found.add(process.file_id(path))

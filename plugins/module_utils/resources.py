@@ -90,10 +90,12 @@ def demand(pid: int, running: t.Iterable[Block], own: t.Iterable[Block] = ()) ->
             needed[Pool(nodes=block.nodes, page_size=block.page_size)] += block.size
     for pool in (Pool(), *_cgroups(pid)):
         needed[pool] += everywhere
-    # The second one is bound like the first.
-    for nodes, size in ((_cpuset_nodes(pid), everywhere), (surroundings.bound_nodes(pid), everywhere - elsewhere)):
-        if nodes:
-            needed[Pool(nodes=nodes)] += size
+    # The second one is bound like the first: by its policy what has none of its own, by its cpuset all.
+    bound, allowed = Pool(nodes=surroundings.bound_nodes(pid)), Pool(nodes=_cpuset_nodes(pid))
+    if bound.nodes:
+        needed[bound] += everywhere - elsewhere
+    if allowed.nodes:
+        needed[allowed] = max(needed[allowed], everywhere)
     return dict(needed)
 
 

@@ -119,7 +119,7 @@ guests:
     durations_ms:
       description: Milliseconds that each phase took.
       type: dict
-      sample: {launch: 61.2, transfer: 88.0, setup: 14.9, switch: 19.3, retire: 41.7}
+      sample: {launch: 61.2, transfer: 88.0, setup: 14.9, page_cache: 6.2, switch: 19.3, retire: 41.7}
     agreement:
       description:
         - What was compared and agreed, null before. The update record has it too.

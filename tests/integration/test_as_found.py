@@ -429,3 +429,29 @@ def test_what_blocks_a_migration_is_told_in_qemus_words(start, host, tmp_path):
     assert len(guest.pids()) == 1
     assert guest.status() == "running"
     guest.check_continuity()
+
+
+@pytest.mark.parametrize("way", ["cpr-transfer", "precopy", "cpr-reboot", "cpr-exec", "checkpoint"])
+def test_what_scripts_write_goes_along_in_every_way(start, host, rebuilt_qemu, tmp_path, way):
+    port = free_port()
+    configuration = tmp_path / "more.cfg"
+    configuration.write_text('[device "usb"]\n  driver = "qemu-xhci"\n', encoding="ascii")
+    more = ["-readconfig", str(configuration), "-pidfile", "{dir}/pid", "-device", "vmgenid,guid=auto"]
+    more += ["-monitor", f"tcp:127.0.0.1:{port},server=on,wait=off", "-vnc", "unix:{dir}/vnc.sock"]
+    private = {"memory": None} if way == "precopy" else {}
+    guest = start("found", suite=NEW_SUITE, more=more, **private)
+    with guest.qmp() as monitor:
+        generation = monitor.execute("query-vm-generation-id")
+    if way == "checkpoint":
+        outcomes = [*host.checkpoint(guest), *host.restore(guest)]
+        assert [outcome.error for outcome in outcomes] == [None, None]
+    else:
+        assert host.until("resume", guest, qemu_binary=rebuilt_qemu, mode=way).update.mode == way
+    guest.wait_for_ticks()
+    guest.check_continuity()
+    with guest.qmp() as monitor:
+        assert monitor.execute("query-vm-generation-id") == generation
+        assert "usb" in [item["name"] for item in monitor.execute("qom-list", path="/machine/peripheral")]
+    assert (guest.directory / "pid").read_text(encoding="ascii").strip() == str(guest.pid())
+    assert said_at(port, until=b"(qemu)").startswith(b"QEMU")
+    assert said_at(guest.directory / "vnc.sock").startswith(b"RFB")

@@ -544,5 +544,22 @@ def test_a_host_that_has_rebooted_already_is_not_rebooted_again(host, rebooted):
     assert "rebooted. It is not rebooted again." in run.stdout
     goes_on(rebooted)
     run = playbook("host_reboot", local, variables)
-    assert run.returncode != 0 and "reboot" in run.stdout
+    assert run.returncode != 0 and "The guests whose states were written go on." in run.stdout
     goes_on(rebooted)
+
+
+def test_what_the_reboot_would_end_is_asked_for_before_anything_stops(start, host):
+    local = {"hypervisor": {"ansible_connection": "local", "ansible_python_interpreter": HYPERVISOR_PYTHON}}
+    variables = {"host_reboot_checkpoint_directory": str(host.state), "host_reboot_guests": ["named"]}
+    named, other = start("named"), start("other")
+    pid = named.pid()
+    for words in (["--check"], ["-e", "host_reboot_end_others=false"]):
+        run = playbook("host_reboot", local, variables, *words)
+        assert run.returncode != 0 and "[guests-running]" in run.stdout and "written: other." in run.stdout
+        assert named.pid() == pid
+    run = playbook("host_reboot", local, variables, "-e", "host_reboot_end_others=true")
+    # Then it is written, and goes on, since this machine can't be rebooted.
+    assert run.returncode != 0 and "The guests whose states were written go on." in run.stdout
+    assert named.pid() != pid
+    for guest in (named, other):
+        goes_on(guest)

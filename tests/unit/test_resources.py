@@ -119,6 +119,8 @@ BOUND = Block("m0", 256 << 20, nodes=(0,))
         (PRIVATE, {"policy": "bind=static:0-1"}, "NUMA node 0, 1 has 452 MiB left"),
         (BOUND, {"policy": "bind:1"}, None),  # what has a policy of its own
         (BOUND, {"nodes": "1"}, "NUMA node 1 has 51 MiB left"),  # a cpuset knows no such exceptions
+        (BOUND, {"nodes": "0"}, None),  # and nothing is counted twice
+        (Block("m", 256 << 20), {"nodes": "0", "policy": "bind:0"}, None),
     ],
 )
 def test_a_qemu_that_is_bound_to_nodes_has_a_second_one_there_too(pools, block, around, expected):

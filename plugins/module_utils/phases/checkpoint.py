@@ -212,6 +212,7 @@ async def _plan(task: Task, name: str, inspection: preflight.Inspection, success
     update.taps = list(description.running.taps)
     update.display, update.forwards = command.display, command.forwards
     in_place = _survives(observation)
+    is_open = process.open_files(pid)
     agreement = handshake.agree(observation.offer, successor.offer, mode=CPR_REBOOT, in_place=in_place)
     update.capabilities, update.parameters = agreement.capabilities, agreement.parameters
     update.old = journal.Qemu(
@@ -232,7 +233,8 @@ async def _plan(task: Task, name: str, inspection: preflight.Inspection, success
         "directories": permissions.read(sorted({os.path.dirname(path) for path in bound})),
         "boot_id": process.boot_id(),
         "memory_files": [block.path for block in observation.memory] if in_place else [],
-        "images": [path for path in description.images if os.path.isfile(path)],
+        # In a mount namespace of its service's another file may have that path.
+        "images": [path for path in description.images if os.path.isfile(path) and process.file_id(path) in is_open],
         "mark": os.urandom(8).hex(),
         "marked": [],
         "binary": successor.path,
@@ -253,6 +255,7 @@ async def checkpoint(update: journal.Update, *, timeout: float, write_timeout: f
     with Watch(old.identity) as watch:
         async with await reach.old_qemu(update, watch, timeout) as monitor:
             _make_room(update)
+            await page_cache.release(old.pid, timeout)
             try:
                 before = await view.read(monitor, old.pid)
                 agreed = handshake.Agreement(update.capabilities, update.parameters, [])
@@ -262,7 +265,6 @@ async def checkpoint(update: journal.Update, *, timeout: float, write_timeout: f
                 await setup.set_parameters("old", monitor, update)
                 if update.unit:
                     await systemd.hold_back(update.unit, update.checkpoint["binary"], update.checkpoint["arguments"])
-                await page_cache.release(old.pid, timeout)
                 await _write(update, monitor, watch, write_timeout)
                 await _keep(update)
                 update.took("checkpoint", started)
@@ -338,6 +340,9 @@ async def _keep(update: journal.Update) -> None:
     for path in update.checkpoint["memory_files"]:
         _mark(update, path)
         await asyncio.to_thread(_sync, path)
+    for path in update.checkpoint["images"]:
+        with contextlib.suppress(FileNotFoundError):
+            await asyncio.to_thread(_sync, path)  # for the times; QEMU has written the rest
     await asyncio.to_thread(_sync, update.state_file)
     look_at_images(update)
     update.checkpoint["size"] = os.path.getsize(update.state_file)
@@ -359,7 +364,7 @@ def unmark(update: journal.Update) -> None:
 
 
 def is_marked(update: journal.Update, path: str) -> bool:
-    """Whether that RAM still is the guest's; also where there was no way to mark it."""
+    """Whether that RAM still is the guest's; also where it could not be marked."""
     if path not in update.checkpoint.get("marked", ()):
         return os.path.exists(path)
     try:
@@ -371,7 +376,7 @@ def is_marked(update: journal.Update, path: str) -> bool:
 def look_at_images(update: journal.Update) -> None:
     """Note what the images are like, to which nobody may write until the guest goes on."""
     update.checkpoint["looks"] = {}
-    for path in update.checkpoint["images"]:
+    for path in update.checkpoint.get("images", ()):  # records of earlier versions have none
         with contextlib.suppress(FileNotFoundError):  # seen by its service only
             update.checkpoint["looks"][path] = look_of(path)
 
@@ -424,6 +429,7 @@ async def undo(update: journal.Update, monitor: Monitor) -> None:
     except CprError:
         with contextlib.suppress(CprError):
             if complete and (await monitor.execute("query-status"))["status"] == _COMPLETE:
+                look_at_images(update)
                 update.enter(journal.CHECKPOINTED, WAITS)  # it refused: what was written still is all of the guest
         raise
     await _forget(update)

@@ -96,11 +96,12 @@ async def becomes(update: journal.Update, watch: Watch) -> bool:
 
     A QEMU that failed to become another one resumes the guest by itself.
     """
-    for dummy in range(round(_EXEC_TIMEOUT / _POLL)):
+    deadline = time.monotonic() + _EXEC_TIMEOUT
+    while time.monotonic() < deadline:
         if has_become(update) or watch.ended.is_set():
             return True
         with contextlib.suppress(CprError):
-            async with await old_qemu(update, watch) as monitor:
+            async with await old_qemu(update, watch, max(deadline - time.monotonic(), _POLL)) as monitor:
                 status = (await monitor.execute("query-migrate")).get("status")
                 if status in (None, "none", "failed", "cancelled"):
                     return has_become(update)

@@ -139,8 +139,8 @@ async def restore(
     :param limit: seconds that loading the state may take.
     :param binary: the QEMU to take instead of the one that was to have the guest when the checkpoint was written.
     :param accepted: what is not asked for: ``disks-changed``.
-    :raises CprError: ``guest-running``, ``checkpoint-damaged``, ``disks-changed``, ``checkpoint-incomplete``,
-        ``state-unclear``, ``restore-failed``; the checkpoint is complete and nothing runs the guest, but for the two
+    :raises CprError: ``guest-running``, ``checkpoint-damaged``, ``disk-missing``, ``disks-changed``,
+        ``checkpoint-incomplete``, ``state-unclear``, ``restore-failed``; the checkpoint is complete and nothing runs the guest, but for the two
         before the last.
     """
     started = time.monotonic()
@@ -281,7 +281,8 @@ async def _check(update: journal.Update, accepted: t.Container[str]) -> None:
         same = size == update.checkpoint["size"]
         same = same and await asyncio.to_thread(checkpoint.digest, update.state_file) == update.checkpoint["sha256"]
         looks = update.checkpoint.get("looks", {})  # records of earlier versions have none
-        changed = [path for path, look in looks.items() if not os.path.exists(path) or checkpoint.look_of(path) != look]
+        gone = [path for path in looks if not os.path.exists(path)]
+        changed = [path for path, look in looks.items() if path not in gone and checkpoint.look_of(path) != look]
     except OSError as error:
         raise _damaged(update, f"{update.state_file}: {error.strerror}") from error
     if not same:
@@ -289,6 +290,12 @@ async def _check(update: journal.Update, accepted: t.Container[str]) -> None:
     ram = [path for path in update.checkpoint["memory_files"] if not checkpoint.is_marked(update, path)]
     if ram:
         raise _damaged(update, f"the guest's RAM {', '.join(ram)} is gone, or another file by now")
+    if gone:
+        raise CprError(
+            "disk-missing",
+            f"The guest's disks {', '.join(gone)} are not there. Its checkpoint is as it was.",
+            "Mount what they are on, or put them back, and run again.",
+        )
     if changed and "disks-changed" not in accepted:
         raise CprError(
             "disks-changed",
@@ -303,7 +310,7 @@ def _damaged(update: journal.Update, why: str) -> CprError:
     return CprError(
         "checkpoint-damaged",
         f"The guest's checkpoint can't be used: {why}.",
-        f"Put it back from a copy; or remove {_leftovers(update)} and start the guest anew, as after a power cut.",
+        f"Put it back from a copy (of RAM one with extended attributes: cp -a, rsync -X); or remove {_leftovers(update)} and start the guest anew, as after a power cut.",
     )
 
 

@@ -29,6 +29,8 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.quiet import Quiet
 from ansible_collections.vmfleet.cpr.plugins.module_utils.task import Outcome, Task
 
 DONE = (journal.FINISHED,)
+# Seconds for what a guest has written to its disks while others were switched.
+_REST = 1.0
 
 
 async def resume_all(task: Task) -> list[Outcome]:
@@ -91,15 +93,16 @@ async def resume(
     in_place = update.mode == CPR_EXEC
     async with contextlib.AsyncExitStack() as stack:
         async with quiet.work():
+            started = time.monotonic()
+            await page_cache.release(failures.both(update)[0].pid, timeout)
+            update.took("page_cache", started)
             ends = await stack.enter_async_context((cpr_exec if in_place else switch).open_ends(update, timeout))
             await _note_run_state(update, ends.old)
             await verify.check_heartbeat_command(update)
             if in_place:
                 await preflight.check_rehearsed(update, ends.old)
         async with quiet.switch():
-            started = time.monotonic()
-            await page_cache.release(ends.old_watch.identity.pid, timeout)
-            update.took("page_cache", started)
+            await page_cache.release(ends.old_watch.identity.pid, _REST)
             if is_abandoned():
                 raise CprError(
                     "run-abandoned",

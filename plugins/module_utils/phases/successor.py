@@ -67,11 +67,11 @@ class Successors:
         options = inspection.options_for(probe.binary, CPR_REBOOT)
         running = t.cast("t.Any", inspection.description).running
         successor = Successor(path, probe.binary.offer)
-        found = readiness.binary_blockers(observation, probe.binary, CPR_REBOOT)
-        found += await inspection.unknown_to(probe, CPR_REBOOT)
-        if not found:
-            found = await rehearse.rehearse(qemu, options, running, path, timeout=self._task.timeout)
-        for item in found:
+        for blocker in readiness.binary_blockers(observation, probe.binary, CPR_REBOOT):
+            raise blocker
+        for blocker in await inspection.unknown_to(probe, CPR_REBOOT):
+            raise blocker
+        for item in await rehearse.rehearse(qemu, options, running, path, timeout=self._task.timeout):
             if item.code == rehearsal.NOT_REHEARSED:
                 successor.warnings.append(str(item))
             elif item.code not in self._task.parameters["accept_differences"]:
