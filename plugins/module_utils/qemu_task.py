@@ -215,10 +215,10 @@ async def add(parameters: t.Mapping[str, t.Any], check_mode: bool) -> dict[str, 
         if not check_mode:
             modules = await qemu_modules.keep(parameters["installed"], build, wish.executables)
     if wish.source == qemu_add.UNPACKED and check_mode and not made.present and qemu_add.lacks_patchelf():
-        warnings.append("There is no patchelf on this host. Packages that bring libraries of their own can't be used without.")
+        warnings.append("There is no patchelf on this host, which packages that bring libraries of their own need.")
     version = (qemu_store.read_marker(wish.path) or {}).get("qemu_version")
     if version and not qemu_versions.fits(wish.name, version):
-        warnings.append(f"{wish.path} is QEMU {version}, whatever it is called: was it fetched from the release that was meant?")
+        warnings.append(f"{wish.path} is QEMU {version}, whatever it is called: was that the release that was meant?")
     return {
         "changed": (not made.present and not wish.only_plan) or bool(modules),
         "present": made.present,

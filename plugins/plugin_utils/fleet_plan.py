@@ -63,8 +63,8 @@ def plan(
         notes += [f"{host}: live_update_labels names {name}, which is not there" for name in labels]
     chosen = select(guests, query)
     notes += [
-        f"{guest['host']}: {guest['name']}: an earlier run began its update ({guest['phase']}), and live_update_guest_query leaves"
-        " it out"
+        f"{guest['host']}: {guest['name']}: an earlier run began its update ({guest['phase']}), and"
+        " live_update_guest_query leaves it out"
         for guest in guests
         if guest.get("phase") not in ENDED and guest not in chosen
     ]

@@ -15,7 +15,10 @@ from ansible_collections.vmfleet.cpr.plugins.module_utils.memory import Block
 def fixture_host(tmp_path, monkeypatch):
     """A host with 4 GiB to spare, and a QEMU of 200 MiB in a cgroup below one with a limit."""
 
-    def make(available=4 << 20, limit="max", used=0, inactive=0, environment="", running=(), own=(), nodes="0-1", policy="default"):
+    def make(
+        available=4 << 20, limit="max", used=0, inactive=0, environment="", running=(), own=(), nodes="0-1",
+        policy="default",
+    ):  # fmt: skip
         directory = tmp_path / "proc" / "7"
         directory.mkdir(parents=True)
         (tmp_path / "proc" / "meminfo").write_text(f"MemTotal: 8388608 kB\nMemAvailable: {available} kB\n")

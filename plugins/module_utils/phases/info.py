@@ -34,9 +34,8 @@ async def inspect_all(task: Task) -> list[Outcome]:
         qemu = guests.select([name], found)[1][name]
         inspection = await preflight.inspect(qemu, task.journal.directory)
         update = task.journal.load(name)
-        return Outcome(
-            name, False, _sentence(inspection), update, extra={**_facts(inspection, binary), "copy": _copy(update), "unnamed": False}
-        )
+        facts = {**_facts(inspection, binary), "copy": _copy(update), "unnamed": False}
+        return Outcome(name, False, _sentence(inspection), update, extra=facts)
 
     unnamed = [] if task.guests else found.get(None, [])
     return [*await task.for_each(names, "preflight", one), *(_unnamed(qemu, binary) for qemu in unnamed)]

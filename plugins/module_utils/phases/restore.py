@@ -140,8 +140,8 @@ async def restore(
     :param binary: the QEMU to take instead of the one that was to have the guest when the checkpoint was written.
     :param accepted: what is not asked for: ``disks-changed``.
     :raises CprError: ``guest-running``, ``checkpoint-damaged``, ``disk-missing``, ``disks-changed``,
-        ``checkpoint-incomplete``, ``state-unclear``, ``restore-failed``; the checkpoint is complete and nothing runs the guest, but for the two
-        before the last.
+        ``checkpoint-incomplete``, ``state-unclear``, ``restore-failed``; the checkpoint is complete and nothing runs
+        the guest, but for the two before the last.
     """
     started = time.monotonic()
     if update.checkpoint.get("pids_of", update.checkpoint["boot_id"]) != process.boot_id():
@@ -242,7 +242,7 @@ async def _release_unit(update: journal.Update) -> None:
 
 
 async def _still_in_its_qemu(update: journal.Update, old: journal.Qemu, timeout: float) -> Outcome | None:
-    """The QEMU that wrote the state is there, and has all of the guest: nothing need be read; None if it was just ending."""
+    """The QEMU that wrote the state is there, and has all of the guest; None if it was just ending."""
     with Watch(old.identity) as watch:
         try:
             connected = await reach.old_qemu(update, watch)
@@ -310,7 +310,8 @@ def _damaged(update: journal.Update, why: str) -> CprError:
     return CprError(
         "checkpoint-damaged",
         f"The guest's checkpoint can't be used: {why}.",
-        f"Put it back from a copy (of RAM one with extended attributes: cp -a, rsync -X); or remove {_leftovers(update)} and start the guest anew, as after a power cut.",
+        "Put it back from a copy (of RAM one with extended attributes: cp -a, rsync -X); or remove"
+        f" {_leftovers(update)} and start the guest anew, as after a power cut.",
     )
 
 
