@@ -53,7 +53,7 @@ class Remote:
         return self.machine.run("pgrep", "-f", f"guest={self.name},", check=False).split()
 
 
-@pytest.mark.timeout(900)  # two boots of a machine whose KVM is emulated, and every task takes seconds
+@pytest.mark.timeout(2400)  # two boots of a machine whose KVM is emulated, and every task takes seconds
 def test_a_guest_of_72_is_adopted_and_keeps_its_boot_id_over_the_reboot_of_its_host(hypervisor, tmp_path):
     """It is a service that is started at boot, with plain memory; another one was started by hand on 11.1, its RAM in a file."""
     linux = linux_guest("penguin", tmp_path / "penguin", shared=False)
